@@ -1,0 +1,76 @@
+"""The settings of the demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class DemoConfig:
+    corpus: str | None = field(
+        default=None,
+        metadata={
+            "help": "Parquet or JSONL file with a document per row: column `text` and, where there are, `domain`. "
+            "Without it: the text of this Python installation."
+        },
+    )
+    targets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Domains whose loss is explained; one document in ten of each is held out for it. Default: code "
+            "and prose; with --corpus, the two largest domains."
+        },
+    )
+    junk_share: float = field(
+        default=0.08, metadata={"help": "Share of the training rows that planted junk takes; 0: no junk."}
+    )
+    model: str = field(
+        default="gpt2-2m",
+        metadata={
+            "help": "gpt2, pythia or llama from scratch, of about 2, 5 or 20 million parameters (gpt2-2m, llama-20m, "
+            "...), or the folder of a pretrained model."
+        },
+    )
+    updates: int = field(default=300, metadata={"help": "Updates of the optimizer."})
+    batch_size: int = field(default=8, metadata={"help": "Rows of up to 256 tokens per update."})
+    learning_rate: float = field(
+        default=1e-3, metadata={"help": "Of AdamW, after warming up over a tenth of the updates; then falls linearly."}
+    )
+    seed: int = field(
+        default=0, metadata={"help": "Of the choice of documents, the junk, the weights and the order of the rows."}
+    )
+    validation_batch_size: int = field(
+        default=2, metadata={"help": "Held-out rows of each target that an update is scored against."}
+    )
+    validation_interval: int = field(
+        default=1, metadata={"help": "Updates between fresh validation gradients; more is faster, and staler."}
+    )
+    value_optimizer: Literal["auto", "sgd"] = field(
+        default="auto",
+        metadata={"help": "auto: values of what AdamW does; sgd: as if plain SGD had trained, the paper's proxy."},
+    )
+    value_momentum: Literal["unrolled", "immediate"] = field(
+        default="unrolled",
+        metadata={
+            "help": "unrolled: a gradient's weight once momentum has played out; immediate: that in its own update."
+        },
+    )
+    value_kernel: Literal["auto", "fused", "project"] = field(
+        default="auto",
+        metadata={"help": "fused (auto's choice) is faster; with project, training is bit-identical to Trainer's."},
+    )
+    output_dir: str = field(
+        default="runs/demo", metadata={"help": "Each run writes the next free folder in it: run-1, run-2, ..."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch_size", "validation_batch_size", "validation_interval"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"--{name} {vars(self)[name]}: give at least 1")
+        if not 0 <= self.junk_share <= 0.5:
+            raise ValueError(f"--junk_share {self.junk_share}: give a share from 0 to 0.5")
+        if not self.learning_rate > 0:
+            raise ValueError(f"--learning_rate {self.learning_rate}: give more than 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed {self.seed}: give a whole number from 0 to {2**32 - 1}")

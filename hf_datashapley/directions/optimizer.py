@@ -1,0 +1,141 @@
+"""What one unit of gradient moves: the factor S_0 of order "first", for the optimizers whose step is elementwise.
+
+To first order sample i changes the weights by S_0 * c g_i, so its value on a target with mean token loss l_v is
+
+    value_i = < c g_i , u >        u = - S_0 * grad l_v(w_t)
+
+(Wang et al., "Data Shapley in One Training Run", arXiv 2406.11011, Theorem 3, where the optimizer is plain SGD and
+S_0 = -lr.) S_0 is taken as far as it is known before the step:
+
+    SGD           lr;  lr (1 - dampening) with momentum;  lr (1 + mu) with Nesterov momentum;  at a parameter's first
+                  momentum step torch stores the undampened gradient
+    Adam, AdamW   lr share / (sqrt(v_hat) + eps), v_hat = v / (1 - b2^(t-1)) from the second moment v before the step;
+                  0 where v = 0: a coordinate never touched before has no first-order value
+
+(all with a minus sign). `momentum="immediate"` counts what acts in this very step, share = (1 - b1) / (1 - b1^t);
+"unrolled" counts the weight the gradient will have had once momentum has played out, if learning rate and second
+moment stay: share = 1, and lr / (1 - mu) under SGD with momentum, Nesterov or not (times 1 - dampening after the first
+step).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+
+Momentum = Literal["unrolled", "immediate"]
+KNOWN = (SGD, Adam, AdamW)
+BLOCK = 65_536
+
+
+def check_optimizer_class(optimizer_class: type) -> None:
+    """Raises `ValueError` for an optimizer whose step is not known here."""
+    if optimizer_class not in KNOWN:
+        raise ValueError(
+            f"value_optimizer='auto' knows torch's SGD, Adam and AdamW, not {optimizer_class.__name__}; choose one of "
+            "them with `optim`, or value_optimizer='sgd' to value the run as if plain SGD had trained it"
+        )
+
+
+def check_groups(optimizer: Optimizer) -> None:
+    """Raises `ValueError` for settings of a known optimizer under which its step is another one."""
+    for group in optimizer.param_groups:
+        for setting in ("maximize", "amsgrad"):
+            if group.get(setting, False):
+                raise ValueError(
+                    f"{type(optimizer).__name__}({setting}=True) is not supported by value_optimizer='auto': "
+                    f"set {setting}=False, or value_optimizer='sgd'"
+                )
+        if group.get("momentum", 0) >= 1:
+            raise ValueError("SGD with momentum >= 1 never forgets a gradient: set momentum < 1")
+
+
+class FirstOrder:
+    """Turns validation gradients into first-order directions for the optimizer as it stands.
+
+    Args:
+        optimizer: the torch optimizer that trains.
+        parameters: the scored parameters by name. One that the optimizer does not train gets direction 0.
+        proxy: "auto" for the optimizer that runs, "sgd" for the paper's S_0 = -lr whatever runs.
+        momentum: "unrolled" or "immediate", see above.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        parameters: dict[str, nn.Parameter],
+        proxy: Literal["auto", "sgd"],
+        momentum: Momentum,
+    ):
+        if proxy == "auto":
+            check_optimizer_class(type(optimizer))
+            check_groups(optimizer)
+        self.optimizer = optimizer
+        self.parameters = parameters
+        self.proxy = proxy
+        self.momentum: Momentum = momentum
+        self._groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+
+    def scale_(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of l_v, [K, *parameter.shape] by name, become the directions u in place."""
+        for name, gradient in gradients.items():
+            parameter = self.parameters[name]
+            group = self._groups.get(parameter)
+            if group is None:
+                gradient.zero_()
+            elif self.proxy == "sgd":
+                gradient.mul_(group["lr"])
+            elif isinstance(self.optimizer, SGD):
+                gradient.mul_(sgd_factor(group, self.optimizer.state[parameter], self.momentum))
+            else:
+                scale_by_adam_(gradient, group, self.optimizer.state[parameter], self.momentum)
+        return gradients
+
+
+def sgd_factor(group: dict[str, Any], state: dict[str, Any], momentum: Momentum) -> float | Tensor:
+    """-S_0 of torch's SGD; `state` is the parameter's, before the step."""
+    lr, mu = group["lr"], group["momentum"]
+    if mu == 0:
+        return lr
+    taken_up = 1.0 if state.get("momentum_buffer") is None else 1 - group["dampening"]
+    if momentum == "unrolled":
+        return lr * taken_up / (1 - mu)
+    return lr * (1 + mu) if group["nesterov"] else lr * taken_up
+
+
+def scale_by_adam_(gradient: Tensor, group: dict[str, Any], state: dict[str, Any], momentum: Momentum) -> None:
+    """Multiplies [K, *shape] by -S_0 of torch's Adam and AdamW; `state` is the parameter's, before the step.
+
+    The bias corrections are 0-dimensional float64 tensors: 1 - 0.999^1 in float32 would be off by 3e-5, and reading
+    the step counter on the host would stall a GPU. With r = sqrt(1 - b2^(t-1)) the factor is
+
+        lr share / (sqrt(v) / r + eps)  =  r lr share / (sqrt(v) + r eps)
+
+    and is made a block of rows at a time, which stays in cache from one elementwise operation to the next.
+    """
+    if "step" not in state:
+        gradient.zero_()
+        return
+    beta1, beta2 = group["betas"]
+    steps = state["step"].double()
+    share = (1 - beta1) / -torch.expm1((steps + 1) * math.log(beta1)) if momentum == "immediate" and beta1 > 0 else 1.0
+    correction = (-torch.expm1(steps * math.log(beta2))).sqrt()
+    factor = correction * group["lr"] * share
+    offset = max(group["eps"], torch.finfo(torch.float32).tiny) * correction  # no 0 / 0 where eps is 0
+    second_moment = state["exp_avg_sq"]
+    for v, u in zip(row_blocks(second_moment, 0), row_blocks(gradient, 1), strict=True):
+        root = v.sqrt()
+        touched = root.sign()  # 0 where v is 0: no first-order value there (a mask costs twice the time)
+        u.mul_(touched.mul_(factor)).div_(root.add_(offset))
+
+
+def row_blocks(x: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """Views of a tensor, cut along a dimension into pieces of about `BLOCK` elements of what follows."""
+    if x.ndim == dim:
+        return (x,)
+    return x.split(max(1, BLOCK // max(1, x[(0,) * (dim + 1)].numel())), dim)

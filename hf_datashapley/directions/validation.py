@@ -1,0 +1,167 @@
+"""The gradient of the validation loss, on rows that are drawn in turn.
+
+Each named target has rows of its own. Which rows an update uses is a function of the update's number alone (a
+permutation of the target's rows for each pass over them, from a generator of its own), so that it can be asked for
+afterwards, is the same on every rank, and needs no state to resume. Nothing of training is touched: no global random
+state, no `.grad`, no train or eval flag.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..loss_tokens import count_loss_tokens
+
+
+Batch = Mapping[str, Any]
+Collate = Callable[[list[Any]], Batch]
+
+
+@dataclass
+class ValidationTarget:
+    """Rows whose mean token loss is to be explained; `usable` are the indices of those that have a loss token."""
+
+    name: str
+    rows: Sequence[Any]
+    collate: Collate
+    usable: np.ndarray
+
+    @classmethod
+    def of(cls, name: str, rows: Sequence[Any], collate: Collate, shifted: bool, progress: bool) -> ValidationTarget:
+        """Finds the rows that have loss tokens.
+
+        Raises:
+            ValueError: none of the rows has a label.
+        """
+        usable: list[int] = []
+        chunk = 64
+        starts = tqdm(range(0, len(rows), chunk), f"validation labels{_of(name)}", disable=not progress, leave=False)
+        for start in starts:
+            indices = range(start, min(start + chunk, len(rows)))
+            with random_state_kept():
+                batch = collate([rows[i] for i in indices])
+            if "labels" not in batch:
+                raise ValueError(
+                    f"validation_dataset{_of(name)} has no labels after the data collator: give its rows `labels`, or "
+                    "use a collator that makes them (DataCollatorForLanguageModeling(tokenizer, mlm=False))"
+                )
+            counts = count_loss_tokens(batch["labels"], shifted)
+            usable.extend(i for i, count in zip(indices, counts.tolist(), strict=True) if count)
+        if not usable:
+            raise ValueError(
+                f"validation_dataset{_of(name)}: every label of every row is -100, so there is no loss to explain; "
+                "label the tokens that should count"
+            )
+        return cls(name, rows, collate, np.array(usable))
+
+    def draw(self, turn: int, size: int, seed: int) -> np.ndarray:
+        """Row indices of the turn-th draw (from 0) of `size` rows; every row is drawn once before any is again."""
+        count = len(self.usable)
+        size = min(size, count)
+        stream = np.arange(turn * size, (turn + 1) * size)
+        passes = {p: np.random.default_rng([seed, p]).permutation(self.usable) for p in np.unique(stream // count)}
+        return np.array([passes[position // count][position % count] for position in stream])
+
+
+@dataclass
+class Validation:
+    """All targets, and how to compute their losses and gradients.
+
+    `size` rows of each target are used at an update, in forward passes of at most `chunk` rows; a draw serves
+    `interval` updates. `loss(model, batch)` gives the mean token loss of a batch on the model's device.
+    """
+
+    targets: list[ValidationTarget]
+    loss: Callable[[nn.Module, Batch], Tensor]
+    shifted: bool
+    size: int
+    chunk: int
+    interval: int
+    seed: int
+
+    def rows_of(self, update: int) -> dict[str, np.ndarray]:
+        """Indices of the rows that update number `update` (from 1) is scored against, by target."""
+        turn = (update - 1) // self.interval
+        return {target.name: target.draw(turn, self.size, self.seed) for target in self.targets}
+
+    def fresh(self, update: int) -> bool:
+        """Whether this update takes a new draw."""
+        return (update - 1) % self.interval == 0
+
+    def gradients(
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], update: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of every target's mean token loss, [K, *shape] by parameter name, and the losses, [K]."""
+        rows = self.rows_of(update)
+        per_target = []
+        losses = []
+        with evaluating(model):
+            for target in self.targets:
+                loss, gradient = self._target_gradient(model, list(parameters.values()), target, rows[target.name])
+                losses.append(loss)
+                per_target.append(gradient)
+        if len(per_target) == 1:
+            stacked = [gradient.unsqueeze(0) for gradient in per_target[0]]
+        else:
+            stacked = [torch.stack(gradients) for gradients in zip(*per_target, strict=True)]
+        return dict(zip(parameters, stacked, strict=True)), torch.stack(losses)
+
+    def _target_gradient(
+        self, model: nn.Module, parameters: list[nn.Parameter], target: ValidationTarget, rows: np.ndarray
+    ) -> tuple[Tensor, list[Tensor]]:
+        with random_state_kept():
+            chunks = [
+                target.collate([target.rows[int(i)] for i in rows[start : start + self.chunk]])
+                for start in range(0, len(rows), self.chunk)
+            ]
+        tokens = [int(count_loss_tokens(batch["labels"], self.shifted).sum()) for batch in chunks]
+        total_loss: Tensor | None = None
+        total: list[Tensor] = []
+        for batch, count in zip(chunks, tokens, strict=True):
+            loss = self.loss(model, batch) * (count / max(sum(tokens), 1))
+            found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            if total_loss is None:
+                total_loss, total = loss.detach(), list(found)
+            else:
+                total_loss = total_loss + loss.detach()
+                for sum_, gradient in zip(total, found, strict=True):
+                    sum_ += gradient
+        assert total_loss is not None
+        return total_loss, total
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off; every module's own train or eval flag comes back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Collators may draw (masking, shuffling); what they draw for validation must not shift what training draws."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+def _of(name: str) -> str:
+    return f"[{name!r}]" if name else ""

@@ -1,0 +1,196 @@
+"""Attach the scoring kernels to a model's layers, and take them off again.
+
+Only the layers that own a scored parameter are touched: each gets an instance-level `forward` for the time of
+training. While nothing is being scored (evaluation, generation, the validation pass) it runs the layer's own forward.
+Copies of a model that is being trained are ordinary models: a layer's site does not travel with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .kernels import ScoredLinear, ScoreOutput
+from .rules import LayerRule, LinearRule, rule_for
+
+
+Kernel = Literal["fused", "project"]
+SITE = "_datashapley_site"
+
+
+class Site:
+    """What a captured layer needs to score itself; idle while `tap` is None. Copies and pickles of it are idle."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.rule: LayerRule | None = None
+        self.kernel: Kernel = "project"
+        self.parameters: dict[str, str] = {}  # the layer's name of a scored parameter -> the model's name of it
+        self.tap: Tensor | None = None
+        self.directions: dict[str, Tensor] = {}  # by the layer's names
+
+    def __reduce__(self) -> tuple[type[Site], tuple[()]]:
+        return (Site, ())
+
+
+# The name matters: a pickled instance-level `forward` is looked up by it, and so becomes the layer's own again.
+def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """The `forward` of a captured layer."""
+    site: Site = self.__dict__[SITE]
+    own = type(self).forward
+    if site.tap is None:
+        return own(self, *args, **kwargs)
+    x = args[0] if args else next(iter(kwargs.values()))
+    batch = site.tap.shape[0]
+    if x.ndim == 1 and not x.is_floating_point():
+        raise ValueError(
+            f"{site.name}: its input has no batch dimension, so its gradient cannot be told apart by sample; look up "
+            "ids of shape [1, positions], leave it out with `value_modules`, or freeze it"
+        )
+    if x.shape[0] != batch:
+        # GPT-2 looks its position ids [1, P] up once for all rows: without a batch dimension, autograd would hand
+        # over the position gradients already summed over the samples.
+        if x.shape[0] != 1 or x.is_floating_point():
+            raise ValueError(
+                f"{site.name}: the first dimension of its input is {x.shape[0]}, the micro-batch has {batch} samples, "
+                "so its gradient cannot be told apart by sample; leave it out with `value_modules` or freeze it"
+            )
+        x = x.expand(batch, *x.shape[1:])
+    assert site.rule is not None
+    if site.kernel == "fused" and isinstance(site.rule, LinearRule) and "weight" in site.directions:
+        return ScoredLinear.apply(
+            x,
+            self.weight,
+            self.bias,
+            site.tap,
+            site.directions["weight"],
+            site.directions.get("bias"),
+            site.rule.transposed,
+        )
+    output = own(self, *args, **kwargs)
+    if output.shape[0] != batch:
+        output = output.expand(batch, *output.shape[1:])
+    return ScoreOutput.apply(output, x, site.tap, partial(site.rule.scores, directions=site.directions))
+
+
+class Capture:
+    """The scored layers of a model.
+
+    Args:
+        model: any module made of linear layers (`nn.Linear`, `Conv1D`), embeddings and norms, as far as it trains.
+        modules: which modules' parameters are scored, as PEFT's `target_modules`: a list of names or name endings, or
+            a regular expression for whole names; None: every parameter that trains. Other uses of a chosen (tied)
+            parameter are scored with it.
+        kernel: "fused" or "project", see `kernels`.
+
+    Raises:
+        ValueError: a chosen parameter trains in a layer that no rule covers, samples are coupled by batch
+            normalisation, or `modules` matches nothing.
+    """
+
+    def __init__(self, model: nn.Module, modules: list[str] | str | None = None, kernel: Kernel = "fused"):
+        self.parameters = scored_parameters(model, modules)
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        self._sites: dict[nn.Module, Site] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, _BatchNorm):
+                raise ValueError(
+                    f"{name}: {type(module).__name__} makes a sample's loss depend on the rest of its batch, so "
+                    "samples have no values of their own; use a model without batch normalisation"
+                )
+            own = {
+                local: names[parameter]
+                for local, parameter in module._parameters.items()
+                if parameter is not None and parameter in names
+            }
+            if not own:
+                continue
+            if "forward" in vars(module):
+                raise ValueError(
+                    f"{name}: its forward was replaced on the instance, so what it computes is unknown; take the "
+                    "replacement off, leave the module out with `value_modules`, or freeze it"
+                )
+            site = Site()
+            site.name, site.kernel, site.parameters = name, kernel, own
+            site.rule = covering_rule(name, module, own)
+            self._sites[module] = site
+
+    @contextmanager
+    def attached(self) -> Iterator[Capture]:
+        """Within it the layers can score; afterwards the model is as it was, also after an exception."""
+        try:
+            for module, site in self._sites.items():
+                module.__dict__[SITE] = site
+                module.__dict__["forward"] = MethodType(forward, module)
+            yield self
+        finally:
+            for module in self._sites:
+                module.__dict__.pop("forward", None)
+                module.__dict__.pop(SITE, None)
+
+    @contextmanager
+    def scoring(self, directions: dict[str, Tensor], batch_size: int) -> Iterator[Tensor]:
+        """Score every backward pass of a forward pass that runs within it; yields the tap, [batch_size, K] zeros.
+
+        `directions`: for each of `self.parameters`, K directions, [K, *parameter.shape]. After `loss.backward()` the
+        tap's `.grad` holds, for each sample and direction, the sum over parameters of <sample's share of the gradient
+        of `loss`, direction>.
+        """
+        some = next(iter(directions.values()))
+        tap = torch.zeros(batch_size, some.shape[0], dtype=some.dtype, device=some.device, requires_grad=True)
+        try:
+            for site in self._sites.values():
+                site.tap = tap
+                site.directions = {local: directions[name] for local, name in site.parameters.items()}
+            yield tap
+        finally:
+            for site in self._sites.values():
+                site.tap = None
+                site.directions = {}
+
+
+def scored_parameters(model: nn.Module, modules: list[str] | str | None) -> dict[str, nn.Parameter]:
+    """The trainable parameters that `modules` chooses, by name, a tied one once."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if modules is not None:
+        chosen: set[nn.Parameter] = set()
+        for pattern in [modules] if isinstance(modules, str) else modules:
+            matched = [
+                module
+                for name, module in model.named_modules()
+                if (
+                    re.fullmatch(pattern, name)
+                    if isinstance(modules, str)
+                    else name == pattern or name.endswith(f".{pattern}")
+                )
+            ]
+            if not matched:
+                raise ValueError(f"value_modules: {pattern!r} matches no module of {type(model).__name__}")
+            chosen.update(p for module in matched for p in module.parameters())
+        trainable = {name: p for name, p in trainable.items() if p in chosen}
+    if not trainable:
+        raise ValueError(
+            "no parameter that is to be scored trains: set requires_grad, or choose other modules with `value_modules`"
+        )
+    return trainable
+
+
+def covering_rule(name: str, module: nn.Module, own: dict[str, str]) -> LayerRule:
+    """The layer's rule, or a `ValueError` that names the parameters which it would have to cover."""
+    cure = "leave the module out with `value_modules`, or freeze it (requires_grad_(False))"
+    parameters = ", ".join(own.values())
+    try:
+        rule = rule_for(module)
+    except ValueError as error:
+        raise ValueError(f"{type(module).__name__} {name} cannot be scored ({parameters}): {error}; {cure}") from None
+    if rule is None:
+        raise ValueError(f"no rule covers {type(module).__name__} {name}, whose {parameters} trains: {cure}")
+    return rule

@@ -1,0 +1,116 @@
+"""Scores as gradients: autograd functions whose backward also returns the samples' inner products.
+
+Every scored layer takes one more input, the *tap*: a zero leaf of shape [samples, directions] that the output does not
+depend on. In the backward pass the layer returns its scores as the tap's "gradient", and autograd itself adds them up
+over layers, repeated uses, tied parameters and recomputed segments. There is no hook, no side effect and no order of
+layers to get right.
+
+Two kernels (design trade-off: bits against time):
+
+- "project" (`ScoreOutput`) leaves the layer's own computation alone and adds an identity after it; the training run
+  stays bit for bit what it was, for one more matrix product per linear layer and direction.
+- "fused" (`ScoredLinear`) forms the weight gradient, which training computes anyway, sample by sample and takes each
+  sample's inner product on the way; no further matrix product, a different order of summation.
+
+Shapes: B samples, P positions, I inputs, O outputs, L and R the two sides of a weight gradient, K directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .rules import positions
+
+
+# Elements of a weight gradient that are formed at a time for each sample: 1 MiB in float32, which stays in cache
+# between its matrix product, its inner product and its addition.
+BLOCK = 262_144
+
+
+class ScoreOutput(Function):
+    """Identity on a layer's output; its backward scores the layer from its input and output gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, tap: Tensor, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.score = score
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return b, None, ctx.score(x, b), None
+
+
+class ScoredLinear(Function):
+    """Linear layer whose backward forms the weight gradient sample by sample.
+
+    `weight` is [O, I], or [I, O] where `transposed` (Conv1D); its direction `weight_direction` is [K, *weight.shape],
+    that of the bias, if it is scored, [K, O].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tap: Tensor,
+        weight_direction: Tensor,
+        bias_direction: Tensor | None,
+        transposed: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, weight_direction, bias_direction)
+        ctx.transposed = transposed
+        return F.linear(x, weight.t() if transposed else weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor, None, None, None]:
+        x, weight, weight_direction, bias_direction = ctx.saved_tensors
+        x_gradient = bias_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_gradient = b @ (weight.t() if ctx.transposed else weight)
+        x_BPI, b_BPO = positions(x), positions(b)
+        left, right = (x_BPI, b_BPO) if ctx.transposed else (b_BPO, x_BPI)
+        weight_gradient, scores_BK = sample_weight_gradients(left, right, weight_direction)
+        if ctx.needs_input_grad[2]:
+            bias_gradient_BO = b_BPO.sum(1)
+            bias_gradient = bias_gradient_BO.sum(0)
+            if bias_direction is not None:
+                scores_BK += bias_gradient_BO @ bias_direction.T
+        return x_gradient, weight_gradient, bias_gradient, scores_BK, None, None, None
+
+
+def sample_weight_gradients(left_BPL: Tensor, right_BPR: Tensor, direction_KLR: Tensor) -> tuple[Tensor, Tensor]:
+    """The batch's weight gradient [L, R], and each sample's inner product with each direction [B, K].
+
+    Sample i's gradient is left_i^T right_i. It is formed a block of rows at a time, so that the block is still in
+    cache when it meets the direction; no sample's gradient exists as a whole.
+    """
+    batch, _, num_left = left_BPL.shape
+    num_right = right_BPR.shape[2]
+    total_LR = left_BPL.new_empty(num_left, num_right)
+    scores_BK = left_BPL.new_zeros(batch, direction_KLR.shape[0])
+    rows = min(num_left, max(1, BLOCK // num_right))
+    block = left_BPL.new_empty(rows, num_right)
+    for start in range(0, num_left, rows):
+        stop = min(start + rows, num_left)
+        total = total_LR[start:stop]
+        direction = direction_KLR[:, start:stop].flatten(1)
+        for i in range(batch):
+            gradient = block[: stop - start] if i else total
+            torch.mm(left_BPL[i, :, start:stop].t(), right_BPR[i], out=gradient)
+            for k, u in enumerate(direction):
+                scores_BK[i, k] += torch.dot(u, gradient.view(-1))
+            if i:
+                total += gradient
+    return total_LR, scores_BK

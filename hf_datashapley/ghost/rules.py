@@ -1,0 +1,174 @@
+"""One rule per kind of layer: the inner products of every sample's gradient with given directions.
+
+All these layers are affine in their parameters: the output is s = f(x; theta) + const with f linear in theta. So the
+gradient of sample i with respect to theta, contracted with a direction u, is the contraction of the output gradient
+b = dL/ds with f(x_i; u), whatever the layer does with its input:
+
+    <g_i, u> = sum_p b_ip . f(x_ip; u)          Linear: f = U x + u        Embedding: f = U[id]
+                                                norms:  f = u_gamma * x_hat + u_beta
+
+Nothing here keeps state or touches training; the functions take tensors and give tensors, and `tests/test_rules.py`
+holds each against autograd.
+
+Shapes: B samples, P positions (all dimensions between the first and the last), I inputs, O outputs, C channels,
+K directions.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def sample_dot(x: Tensor, y: Tensor) -> Tensor:
+    """Inner product of each sample's entries: [B, ...], [B, ...] -> [B], in one pass over both."""
+    batch = x.shape[0]
+    return torch.bmm(x.reshape(batch, 1, -1), y.reshape(batch, -1, 1)).view(batch)
+
+
+def positions(x: Tensor) -> Tensor:
+    """[B, ..., C] -> [B, P, C]; a row without position dimensions has one position."""
+    return x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
+
+
+def linear_scores(x: Tensor, b: Tensor, weight_KOI: Tensor | None, bias_KO: Tensor | None) -> Tensor:
+    """Linear layer s = x W^T + bias: [B, K] from its input [B, ..., I] and output gradient [B, ..., O].
+
+    One matrix product of the layer's own size for each direction ("project"); `kernels.ScoredLinear` needs none.
+    """
+    scores = []
+    if weight_KOI is not None:
+        scores.append(torch.stack([sample_dot(F.linear(x, u_OI), b) for u_OI in weight_KOI], dim=1))
+    if bias_KO is not None:
+        scores.append(positions(b).sum(1) @ bias_KO.T)
+    return sum_of(scores)
+
+
+def embedding_scores(ids: Tensor, b: Tensor, weight_KVC: Tensor, padding_idx: int | None) -> Tensor:
+    """Embedding: [B, K] from ids [B, ...] and output gradient [B, ..., C]. The padding row gets no gradient."""
+    if padding_idx is not None:
+        b = b.masked_fill((ids == padding_idx).unsqueeze(-1), 0.0)
+    return torch.stack([sample_dot(F.embedding(ids, u_VC), b) for u_VC in weight_KVC], dim=1)
+
+
+def norm_scores(x_hat: Tensor, b: Tensor, gamma_KC: Tensor | None, beta_KC: Tensor | None) -> Tensor:
+    """LayerNorm and RMSNorm: [B, K] from the normalised input and the output gradient, both [B, ..., C]."""
+    scores = []
+    if gamma_KC is not None:
+        scores.append(positions(x_hat * b).sum(1) @ gamma_KC.T)
+    if beta_KC is not None:
+        scores.append(positions(b).sum(1) @ beta_KC.T)
+    return sum_of(scores)
+
+
+def sum_of(scores: list[Tensor]) -> Tensor:
+    assert scores, "a layer without a scored parameter was captured"
+    total = scores[0]
+    for more in scores[1:]:
+        total = total + more
+    return total
+
+
+class LayerRule:
+    """How one layer scores: `scores(x, b, directions)` -> [B, K], directions by parameter name, each [K, *shape]."""
+
+    def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+
+class LinearRule(LayerRule):
+    """`torch.nn.Linear`, and transformers' `Conv1D`, which stores the transposed weight."""
+
+    def __init__(self, layer: nn.Module):
+        self.transposed = isinstance(layer, Conv1D)
+
+    def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor]) -> Tensor:
+        weight = directions.get("weight")
+        if weight is not None and self.transposed:
+            weight = weight.transpose(1, 2)
+        return linear_scores(x, b, weight, directions.get("bias"))
+
+
+class EmbeddingRule(LayerRule):
+    """`torch.nn.Embedding`."""
+
+    def __init__(self, layer: nn.Embedding):
+        if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
+            raise ValueError("an Embedding with max_norm, scale_grad_by_freq or sparse=True cannot be scored exactly")
+        self.padding_idx = layer.padding_idx
+
+    def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor]) -> Tensor:
+        return embedding_scores(x, b, directions["weight"], self.padding_idx)
+
+
+class NormRule(LayerRule):
+    """LayerNorm and RMSNorm: `normalise` gives x_hat, the factor of the weight."""
+
+    def __init__(self, normalise: Callable[[Tensor], Tensor], ndim: int):
+        self.normalise = normalise
+        self.ndim = ndim
+
+    def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor]) -> Tensor:
+        gamma, beta = directions.get("weight"), directions.get("bias")
+        x_hat = self.normalise(x) if gamma is not None else x
+        if self.ndim > 1:
+            x_hat, b = x_hat.flatten(-self.ndim), b.flatten(-self.ndim)
+        return norm_scores(
+            x_hat, b, None if gamma is None else gamma.flatten(1), None if beta is None else beta.flatten(1)
+        )
+
+
+def layer_norm_rule(layer: nn.LayerNorm) -> NormRule:
+    shape, eps = layer.normalized_shape, layer.eps
+    return NormRule(lambda x: F.layer_norm(x, shape, eps=eps), len(shape))
+
+
+def rms_norm_rule(layer: nn.Module) -> NormRule:
+    """RMSNorm as each model family writes it anew (weight * x_hat, or Gemma's (1 + weight) * x_hat).
+
+    x_hat is what the layer's own forward adds per unit of weight. A probe makes sure that the layer is what its name
+    says; it draws from a generator of its own.
+    """
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+
+    def with_weight(value: Tensor) -> Callable[[Tensor], Tensor]:
+        plain = copy.copy(layer)
+        plain._parameters = {"weight": nn.Parameter(value, requires_grad=False)}
+        return lambda x: type(layer).forward(plain, x)
+
+    zero, one = with_weight(torch.zeros_like(weight)), with_weight(torch.ones_like(weight))
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(2, 3, *weight.shape, generator=generator).to(weight)
+    drawn = torch.randn(weight.shape, generator=generator).to(weight)
+    with torch.no_grad():
+        offset, x_hat, got = zero(probe), one(probe) - zero(probe), with_weight(drawn)(probe)
+        expected = offset + drawn * x_hat
+        affine = got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-2, atol=1e-2)
+    if not affine:
+        raise ValueError("its forward is not a normalised input times its weight, which its name promises")
+    if offset.any():
+        return NormRule(lambda x: one(x) - zero(x), weight.ndim)
+    return NormRule(one, weight.ndim)
+
+
+def rule_for(layer: nn.Module) -> LayerRule | None:
+    """The rule of a layer that owns parameters, or None. A layer counts as of a kind if it runs that kind's forward.
+
+    Raises `ValueError` for a layer of a known kind in a setting that cannot be scored.
+    """
+    forward = type(layer).forward
+    if forward in (nn.Linear.forward, Conv1D.forward):
+        return LinearRule(layer)
+    if isinstance(layer, nn.Embedding) and forward is nn.Embedding.forward:
+        return EmbeddingRule(layer)
+    if isinstance(layer, nn.LayerNorm) and forward is nn.LayerNorm.forward:
+        return layer_norm_rule(layer)
+    if type(layer).__name__.endswith("RMSNorm") and set(layer._parameters) == {"weight"}:
+        return rms_norm_rule(layer)
+    return None

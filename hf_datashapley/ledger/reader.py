@@ -1,0 +1,71 @@
+"""Read a ledger back as `datasets.Dataset`, from its directory alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+from datasets import Dataset
+from datasets.table import InMemoryTable
+
+from .layout import parts, read_manifest, updates_schema, value_columns, values_schema
+
+
+def load_values(value_dir: str | Path) -> Dataset:
+    """One row for each sample, by id.
+
+    Columns: `sample_id` int64; `updates` int32, how often the sample was trained on; `tokens` int64, its loss tokens
+    over all visits; `value` float64 (or `value_<target>` for each named target), the nats of validation loss that it
+    took away, summed over updates. Positive helped.
+
+    Raises:
+        FileNotFoundError: the directory holds no ledger.
+    """
+    return _summed(Path(value_dir), ["sample_id"])
+
+
+def load_value_history(value_dir: str | Path) -> Dataset:
+    """One row for each update and sample in it: the columns of `load_values` and `step` int32, from 1.
+
+    A sample that an update visited twice has one row with `updates` 2.
+    """
+    return _summed(Path(value_dir), ["step", "sample_id"])
+
+
+def load_updates(value_dir: str | Path) -> Dataset:
+    """One row for each update, by `step`.
+
+    Columns: `step` int32; `skipped` bool (no step was made, or something was not finite: the values are 0); `clip`
+    float64, by which clipping scaled the gradient; `learning_rate` float64 of the first parameter group;
+    `validation_loss` float64 (or `validation_loss_<target>`), the mean token loss before the update on the rows that
+    it was scored against.
+    """
+    directory = Path(value_dir)
+    targets = read_manifest(directory)["targets"] or [""]
+    return _as_dataset(_table(directory, "updates", updates_schema(targets)).sort_by("step"))
+
+
+def _summed(directory: Path, keys: list[str]) -> Dataset:
+    columns = value_columns(read_manifest(directory)["targets"] or [""])
+    table = _table(directory, "values", values_schema(read_manifest(directory)["targets"] or [""]))
+    # One thread: the order of summation, and so the last bit, stays the same from reading to reading.
+    grouped = table.group_by(keys, use_threads=False).aggregate(
+        [([], "count_all"), ("tokens", "sum"), *[(column, "sum") for column in columns]]
+    )
+    grouped = grouped.sort_by([(key, "ascending") for key in keys])
+    result = {key: grouped[key] for key in keys}
+    result["updates"] = grouped["count_all"].cast(pa.int32())
+    result["tokens"] = grouped["tokens_sum"].cast(pa.int64())
+    result |= {column: grouped[f"{column}_sum"].cast(pa.float64()) for column in columns}
+    order = ["sample_id", "updates", "tokens", *columns, *[key for key in keys if key != "sample_id"]]
+    return _as_dataset(pa.table({name: result[name] for name in order}))
+
+
+def _table(directory: Path, kind: str, schema: pa.Schema) -> pa.Table:
+    found = [str(part) for part in parts(directory, kind)]
+    return pads.dataset(found, schema=schema, format="parquet").to_table() if found else schema.empty_table()
+
+
+def _as_dataset(table: pa.Table) -> Dataset:
+    return Dataset(InMemoryTable(table.combine_chunks()))

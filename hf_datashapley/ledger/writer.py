@@ -1,0 +1,185 @@
+"""Append updates to a ledger without making training wait.
+
+Updates are kept on the device until someone looks (a log row, a full part, a checkpoint); then they are copied to the
+host together, and a thread writes them. A part is complete or not there: it is written under a temporary name,
+flushed to the disk and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers.utils import logging
+
+from ..values.update import UpdateValues
+from .layout import FORMAT, MANIFEST, loss_columns, part_name, parts, updates_schema, value_columns, values_schema
+
+
+logger = logging.get_logger(__name__)
+
+ROWS_PER_PART = 1_000_000
+# Updates that may wait on the device: a few small tensors each.
+PENDING_UPDATES = 256
+
+
+class Ledger:
+    """The ledger of a run that is being trained.
+
+    Args:
+        directory: where it lies; made when it is missing.
+        targets: names of the validation targets, [""] for one without a name.
+        settings: what the manifest says of the run, as JSON.
+
+    Raises:
+        ValueError: the directory holds a ledger already.
+    """
+
+    def __init__(self, directory: str | Path, targets: list[str], settings: dict[str, Any]):
+        self.directory = Path(directory)
+        self.targets = targets
+        refuse_existing(self.directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        manifest = {
+            "format": FORMAT,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "targets": [target for target in targets if target],
+            **settings,
+        }
+        write_whole(self.directory / MANIFEST, json.dumps(manifest, indent=2).encode())
+        self._pending: list[UpdateValues] = []
+        self._rows: list[pa.Table] = []
+        self._updates: list[pa.Table] = []
+        self._num_rows = 0
+        self._warned = False
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
+        self._writing: Future[None] | None = None
+
+    def append(self, update: UpdateValues) -> None:
+        """Takes an update over; returns at once unless a part is full."""
+        self._pending.append(update)
+        self._num_rows += len(update.sample_ids)
+        if len(self._pending) >= PENDING_UPDATES:
+            self.collect()
+        if self._num_rows >= ROWS_PER_PART:
+            self.collect()
+            self._write()
+
+    def collect(self) -> None:
+        """Copies what is pending to the host, and warns of the first update that was not finite."""
+        if not self._pending:
+            return
+        updates, self._pending = self._pending, []
+        steps = np.array([update.step for update in updates], np.int32)
+        sizes = [len(update.sample_ids) for update in updates]
+        values = torch.cat([update.values for update in updates]).float().cpu().numpy()
+        columns = {
+            "step": np.repeat(steps, sizes),
+            "sample_id": torch.cat([update.sample_ids for update in updates]).cpu().numpy(),
+            "tokens": torch.cat([update.tokens for update in updates]).cpu().numpy().astype(np.int32),
+        }
+        columns |= {name: values[:, k] for k, name in enumerate(value_columns(self.targets))}
+        self._rows.append(pa.table(columns, schema=values_schema(self.targets)))
+        self._updates.append(self._table_of_updates(updates, steps))
+
+    def _table_of_updates(self, updates: list[UpdateValues], steps: np.ndarray) -> pa.Table:
+        finite = torch.stack([update.finite for update in updates]).cpu().numpy()
+        if not finite.all() and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"Update {steps[~finite][0]}: the loss or a value was not finite. It is recorded as skipped and gives "
+                "no values; so is any later one (`load_updates` lists them), without a further warning."
+            )
+        losses = torch.stack([update.validation_losses for update in updates]).double().cpu().numpy()
+        columns: dict[str, Any] = {
+            "step": steps,
+            "skipped": torch.stack([update.skipped for update in updates]).cpu().numpy(),
+            "clip": torch.stack([update.clip for update in updates]).double().cpu().numpy(),
+            "learning_rate": np.array([update.learning_rate for update in updates]),
+        }
+        columns |= {name: losses[:, k] for k, name in enumerate(loss_columns(self.targets))}
+        return pa.table(columns, schema=updates_schema(self.targets))
+
+    def flush(self) -> None:
+        """Everything appended so far is on the disk when this returns."""
+        self.collect()
+        self._write()
+        self._wait()
+
+    def close(self) -> None:
+        self.flush()
+        self._thread.shutdown()
+
+    def restart(self) -> None:
+        """Forgets what this run has written: its training loop has begun again from the first update."""
+        self._pending, self._rows, self._updates, self._num_rows = [], [], [], 0
+        self._wait()
+        for kind in ("values", "updates"):
+            for part in parts(self.directory, kind):
+                part.unlink()
+
+    def _write(self) -> None:
+        if not self._rows:
+            return
+        self._wait()
+        rows, updates = pa.concat_tables(self._rows), pa.concat_tables(self._updates)
+        self._rows, self._updates, self._num_rows = [], [], 0
+        self._writing = self._thread.submit(write_parts, self.directory, rows, updates, value_columns(self.targets))
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+
+def refuse_existing(directory: Path) -> None:
+    """Raises `ValueError` where a ledger, or a part of one, lies already."""
+    if (directory / MANIFEST).exists() or parts(directory, "values") or parts(directory, "updates"):
+        raise ValueError(
+            f"value_dir {directory} holds the ledger of another run, which is never overwritten: set `value_dir` (or "
+            "`output_dir`) to a new folder, or move the old one away"
+        )
+
+
+def write_parts(directory: Path, rows: pa.Table, updates: pa.Table, floats: list[str]) -> None:
+    """One part of values and one of updates. The updates come last: a listed update has its values."""
+    first, last = updates["step"][0].as_py(), updates["step"][-1].as_py()
+    split = {column: "BYTE_STREAM_SPLIT" for column in floats}
+    write_table(
+        directory / part_name("values", first, last),
+        rows,
+        use_dictionary=["step", "tokens"],
+        column_encoding={"sample_id": "PLAIN", **split},
+        row_group_size=131_072,
+    )
+    write_table(directory / part_name("updates", first, last), updates)
+
+
+def write_table(path: Path, table: pa.Table, **encoding: Any) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", **encoding)
+    write_whole(path, sink.getvalue())
+
+
+def write_whole(path: Path, content: Any) -> None:
+    """The file is complete or not there, also after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is durable without it
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

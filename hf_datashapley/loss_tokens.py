@@ -1,0 +1,25 @@
+"""Which rows carry how many loss terms: the tokens that a value is spread over.
+
+A causal language model predicts the next token, so the first label of a row is never predicted; other models are
+scored at the label's own position, and a model with one label a row (sequence classification) has one loss term.
+"""
+
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+CAUSAL_LM_NAMES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether the model compares the labels with the predictions made one position earlier."""
+    return any(cls.__name__ in CAUSAL_LM_NAMES for cls in type(model).__mro__)
+
+
+def count_loss_tokens(labels: Tensor, shifted: bool) -> Tensor:
+    """Loss terms of each row, int64 [rows]; `labels` [rows, ...] with -100 where there is none."""
+    if labels.is_floating_point():
+        return labels.new_ones(labels.shape[0]).long()
+    if labels.ndim == 1:
+        return labels.ne(-100).long()
+    return (labels[:, 1:] if shifted else labels).ne(-100).flatten(1).sum(1)

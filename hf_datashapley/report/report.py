@@ -1,0 +1,242 @@
+"""write_report: a finished run on one HTML page that needs nothing but a browser.
+
+Sums come from `aggregate`, pictures from `pictures`, words and looks from `template.html`. Every string of the user's
+passes through jinja2's autoescape, and the page forbids itself by a content security policy to load anything or to run
+any script but its own: the corpus is text from anywhere. Importing this module is what needs the extra "report", so
+that a long job which imports it first does not train for nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from hf_datashapley.report.aggregate import (
+    Corpus,
+    Floats,
+    Ints,
+    Totals,
+    arrow_table,
+    read_corpus,
+    target_column,
+    totals,
+    value_over_training,
+)
+from hf_datashapley.report.nats import NatScale
+
+
+try:
+    import jinja2
+
+    from hf_datashapley.report import pictures
+except ModuleNotFoundError as error:
+    if error.name not in ("jinja2", "matplotlib"):
+        raise
+    raise ImportError(
+        f'reports need {error.name}, which is not installed: pip install "hf_datashapley[report]"'
+    ) from error
+
+
+DOCUMENTS = 6  # shown at either end, per target
+ROWS_READ = 100  # of a document, for its text
+TEXT_LIMIT = 4000  # characters of a document that are embedded
+STEPS_LISTED = 50
+
+
+@dataclass(frozen=True)
+class Fall:
+    """The measured validation loss of a target: each update draws other rows, so the end is a mean."""
+
+    first: float
+    last: float
+    over: int  # updates that `last` is the mean of
+
+    @property
+    def nats(self) -> float:
+        return self.first - self.last
+
+
+@dataclass(frozen=True)
+class Picture:
+    target: str | None  # None: all of them
+    label: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Document:
+    number: str  # "document 12" or "sample 7"
+    title: str | None
+    group: str
+    value: float
+    tokens: int
+    text: str
+    cut: bool  # whether there is more of it
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    values: Dataset,
+    history: Dataset,
+    updates: Dataset,
+    units: Dataset | None,
+    settings: dict[str, object],
+    cost: dict[str, object],
+    title: str,
+) -> None:
+    """Write one self-contained HTML file to `path`; its folder is made if need be.
+
+    Args:
+        values: one row per sample: `sample_id`, `updates`, `tokens`, then `value`, or `value_<target>` per named
+            target, in nats of validation loss (positive: the sample lowered it).
+        history: the same per (update, sample), with `step`.
+        updates: one row per update: `step`, `skipped`, `clip`, `learning_rate`, `validation_loss` or
+            `validation_loss_<target>` in nats (null or non-finite where it was not measured).
+        units: what is known of the samples, one row per `sample_id`, in any order; optional columns `document_id`,
+            `domain`, `junk` (the type of planted junk or null), `title`, `text`. None: samples are shown by their ids.
+        settings: name -> printable, in the order to show.
+        cost: name -> printable; "throughput kept", where there is one, also stands at the top of the page.
+        title: what was trained.
+
+    Raises:
+        ValueError: `values` is empty or not finite; `units` lacks a valued sample or has one twice.
+    """
+    corpus = read_corpus(values, units)
+    by_group = totals(corpus, corpus.group_N, len(corpus.groups))
+    overall = totals(corpus, np.zeros_like(corpus.group_N), 1)
+    total_scale = NatScale.fitting(by_group.value_KG, digits=4)  # groups differ in size, often by much
+    rate_scale = NatScale.fitting(by_group.per_1000_tokens(by_group.value_KG))
+    update_table = arrow_table(updates, updates.column_names).sort_by("step")
+    step_T = update_table["step"].to_numpy()
+    skipped = step_T[update_table["skipped"].to_numpy().astype(bool)]
+    losses = [
+        _finite(step_T, update_table[target_column(target, "validation_loss")].to_numpy()) for target in corpus.targets
+    ]
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["csp_hash"] = _csp_hash
+    template = environment.from_string(
+        files("hf_datashapley.report").joinpath("template.html").read_text(encoding="utf-8")
+    )
+    page = template.render(
+        title=title,
+        targets=_names(corpus.targets),
+        corpus=corpus,
+        by_group=by_group,
+        extremes=_extremes(by_group),
+        overall=overall,
+        falls=[_fall(loss) for _, loss in losses],
+        pictures=_pictures(corpus, by_group, total_scale, rate_scale, history, step_T, losses, skipped),
+        documents=[_ends(corpus, units, k) for k in range(len(corpus.targets))],
+        updates=len(step_T),
+        skipped=skipped[:STEPS_LISTED].tolist(),
+        skipped_count=len(skipped),
+        settings=settings,
+        cost=cost,
+        total_scale=total_scale,
+        rate_scale=rate_scale,
+        document_scale=NatScale.fitting(corpus.value_KD, digits=4),
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8", errors="replace")
+
+
+def _finite(step_T: Ints, loss_T: Floats) -> tuple[Ints, Floats]:
+    measured = np.isfinite(loss_T.astype(np.float64))
+    return step_T[measured], loss_T[measured].astype(np.float64)
+
+
+def _fall(loss: Floats) -> Fall | None:
+    if len(loss) < 2:
+        return None
+    over = min(max(len(loss) // 20, 1), 50)
+    return Fall(first=float(loss[0]), last=float(loss[-over:].mean()), over=over)
+
+
+def _extremes(by_group: Totals) -> list[tuple[int, int]]:
+    """The best and the worst group per token, per target."""
+    rate_KG = by_group.per_1000_tokens(by_group.value_KG)
+    return [(int(rate_G.argmax()), int(rate_G.argmin())) for rate_G in rate_KG]
+
+
+def _pictures(
+    corpus: Corpus,
+    by_group: Totals,
+    total_scale: NatScale,
+    rate_scale: NatScale,
+    history: Dataset,
+    step_T: Ints,
+    losses: list[tuple[Ints, Floats]],
+    skipped: Ints,
+) -> dict[str, list[Picture]]:
+    """By section of the page, in the order of the targets."""
+    rate_KG, rate_error_KG = (by_group.per_1000_tokens(x) for x in (by_group.value_KG, by_group.error_KG))
+    sample_scale = NatScale.fitting(np.quantile(corpus.value_KN, [0.005, 0.995], axis=1))
+    largest_first = np.argsort(-np.abs(by_group.value_KG).max(axis=0), kind="stable")
+    named = sorted(largest_first[: pictures.LINES].tolist())
+    value_KGT = value_over_training(corpus, history, step_T)
+    rate_unit, total_unit = f"{rate_scale.unit} per 1,000 tokens", f"{total_scale.unit} in total"
+    groups, training, spread = [], [], []
+    for k, target in enumerate(_names(corpus.targets)):
+        rate = pictures.group_bars(corpus.groups, rate_KG[k], rate_error_KG[k], rate_scale)
+        total = pictures.group_bars(corpus.groups, by_group.value_KG[k], by_group.error_KG[k], total_scale)
+        lines = pictures.cumulated_lines(step_T, corpus.groups, value_KGT[k], named, total_scale)
+        groups += [Picture(target, rate_unit, rate), Picture(target, total_unit, total)]
+        training.append(Picture(target, f"{total_scale.unit}, cumulated", lines))
+        spread.append(Picture(target, "number of samples", pictures.histogram(corpus.value_KN[k], sample_scale)))
+    measured = [pair for pair in zip(_names(corpus.targets), losses, strict=True) if len(pair[1][0])]
+    loss = []
+    if measured:
+        lines = pictures.loss_lines([name for name, _ in measured], [line for _, line in measured], skipped)
+        loss = [Picture(None, "validation loss, nats per token", lines)]
+    return {"groups": groups, "training": training, "spread": spread, "loss": loss}
+
+
+def _names(targets: list[str]) -> list[str]:
+    return [target or "the validation set" for target in targets]
+
+
+def _ends(corpus: Corpus, units: Dataset | None, k: int) -> tuple[list[Document], list[Document]]:
+    """The documents that helped a target most, and those that hurt it most, worst first."""
+    value_D = corpus.value_KD[k]
+    order = np.argsort(value_D, kind="stable")
+    hurt = [d for d in order[:DOCUMENTS] if value_D[d] < 0]
+    helped = [d for d in order[::-1][:DOCUMENTS] if value_D[d] > 0]
+    tokens_D = corpus.tokens_D
+
+    def document(d: int) -> Document:
+        first = corpus.first_sample_D[d]
+        number, title, text, rows = f"sample {corpus.sample_id_N[first]}", None, "", corpus.unit_row_N[:0]
+        if units is not None:
+            rows = corpus.unit_row_N[corpus.document_N == d]
+            shown = units.select(rows[:ROWS_READ].tolist())
+            if corpus.has_documents:
+                number = f"document {shown[0]['document_id']}"
+            if "title" in units.column_names:
+                title = shown[0]["title"]
+            if "text" in units.column_names:
+                text = "".join(part or "" for part in shown["text"])
+        return Document(
+            number=number,
+            title=title,
+            group=corpus.groups[corpus.group_N[first]],
+            value=float(value_D[d]),
+            tokens=int(tokens_D[d]),
+            text=text[:TEXT_LIMIT],
+            cut=len(text) > TEXT_LIMIT or len(rows) > ROWS_READ,
+        )
+
+    return [document(d) for d in helped], [document(d) for d in hurt]
+
+
+def _csp_hash(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,0 +1,94 @@
+"""The settings of a run that values its training data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+CHOICES = {
+    "value_order": ("first",),
+    "value_unit": ("sample",),
+    "value_optimizer": ("auto", "sgd"),
+    "value_momentum": (None, "unrolled", "immediate"),
+    "value_kernel": ("auto", "fused", "project"),
+}
+
+
+@dataclass
+class ShapleyConfig(TrainingArguments):
+    """`TrainingArguments` and what is to be valued, and how.
+
+    > Parameters that control the values
+
+    Args:
+        value_order: "first", the inner product of a sample's gradient with the validation gradient through the
+            optimizer's step (arXiv 2406.11011, Theorem 3).
+        value_unit: "sample", a row of `train_dataset`.
+        value_optimizer: "auto", the optimizer that runs (SGD, Adam, AdamW); "sgd", the paper's proxy: values as if
+            plain SGD with the same learning rates had trained.
+        value_momentum: "unrolled", a gradient counts with the weight it will have had once momentum has played out;
+            "immediate", with what it moves in its own update. None: "unrolled".
+        value_modules: modules whose parameters are scored, as PEFT's `target_modules`: names or name endings, or one
+            regular expression. None: every parameter that trains.
+        value_kernel: "fused" forms weight gradients sample by sample and needs no further matrix product; "project"
+            takes one for each layer and target, and leaves the training run bit for bit what it is without values.
+            "auto": "fused".
+        value_dir: folder of the ledger; None: `<output_dir>/values`.
+        validation_batch_size: validation rows for each target at an update; None: one for every 16 training rows of
+            an update, at least 1.
+        validation_interval: updates between fresh validation gradients.
+        sample_id_column: int64 column with the samples' ids; a dataset without it is numbered by row.
+
+    Raises:
+        ValueError: a setting has a value that is not offered.
+    """
+
+    value_order: str = field(default="first", metadata={"help": "Order of the values: 'first'."})
+    value_unit: str = field(default="sample", metadata={"help": "What gets a value: 'sample', a row."})
+    value_optimizer: str = field(
+        default="auto",
+        metadata={
+            "help": "'auto': values for the optimizer that runs; 'sgd': as if plain SGD had trained (the paper)."
+        },
+    )
+    value_momentum: str | None = field(
+        default=None,
+        metadata={
+            "help": "'unrolled': a gradient's weight once momentum has played out; 'immediate': its weight in its own "
+            "update. Default: 'unrolled'."
+        },
+    )
+    value_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules whose parameters are scored: names or name endings, or one regular expression. Default: "
+            "every parameter that trains."
+        },
+    )
+    value_kernel: str = field(
+        default="auto",
+        metadata={"help": "'fused' (fast; the default) or 'project' (training stays bit-identical to Trainer's)."},
+    )
+    value_dir: str | None = field(
+        default=None, metadata={"help": "The ledger's folder. Default: <output_dir>/values."}
+    )
+    validation_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Validation rows of each target at an update. Default: one for every 16 training rows."},
+    )
+    validation_interval: int = field(default=1, metadata={"help": "Updates between fresh validation gradients."})
+    sample_id_column: str = field(
+        default="sample_id", metadata={"help": "Integer column with the samples' ids; without it, rows are numbered."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, offered in CHOICES.items():
+            if vars(self)[name] not in offered:
+                raise ValueError(f"{name}={vars(self)[name]!r} is not offered: choose one of {offered}")
+        if self.validation_batch_size is not None and self.validation_batch_size < 1:
+            raise ValueError(f"validation_batch_size={self.validation_batch_size}: give at least 1 row, or None")
+        if self.validation_interval < 1:
+            raise ValueError(f"validation_interval={self.validation_interval}: give at least 1 update")

@@ -1,0 +1,80 @@
+"""What cannot be valued exactly is refused here, by name and with the cure, before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import DataCollatorWithFlattening, Trainer
+
+from ..directions.optimizer import check_groups, check_optimizer_class
+from .config import ShapleyConfig
+
+
+def check_arguments(args: ShapleyConfig) -> None:
+    """Settings of the launch under which values would not be exact, or have not been shown to be."""
+    refused = {
+        "more than one process": (args.world_size > 1, "launch one process (accelerate launch --num_processes 1)"),
+        "DataParallel (n_gpu > 1)": (args.n_gpu > 1, "set CUDA_VISIBLE_DEVICES to one GPU"),
+        "fp16": (args.fp16, "set fp16=False"),
+        "bf16": (args.bf16, "set bf16=False"),
+        "torch_compile": (args.torch_compile, "set torch_compile=False"),
+        "activation checkpointing": (
+            args.gradient_checkpointing,
+            "set activation_checkpointing=False (gradient_checkpointing in older versions)",
+        ),
+        "FSDP": (bool(args.fsdp), "leave `fsdp` unset"),
+        "DeepSpeed": (args.deepspeed is not None, "leave `deepspeed` unset"),
+        "use_liger_kernel": (args.use_liger_kernel, "set use_liger_kernel=False: its fused loss bypasses lm_head"),
+    }
+    for name, (asked, cure) in refused.items():
+        if asked:
+            raise ValueError(f"ShapleyTrainer does not support {name} yet: {cure}")
+
+
+def check_model(model: nn.Module) -> None:
+    if isinstance(model, PeftModel):
+        raise ValueError("ShapleyTrainer does not support PEFT models yet: train the base model")
+    low = {
+        str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype not in (torch.float32, torch.float64)
+    }
+    if low:
+        raise ValueError(
+            f"ShapleyTrainer does not support parameters in {', '.join(sorted(low))} yet: load the model with "
+            "dtype=torch.float32"
+        )
+
+
+def check_collator(collator: Any) -> None:
+    if isinstance(collator, DataCollatorWithFlattening):
+        raise ValueError(
+            "ShapleyTrainer does not support DataCollatorWithFlattening yet, which packs the samples of a batch into "
+            "one row: use DataCollatorForLanguageModeling(tokenizer, mlm=False)"
+        )
+
+
+def check_rows(dataset: Any, name: str) -> None:
+    """`name` is the argument that the rows came in."""
+    if dataset is None:
+        raise ValueError(f"{name} is missing: give a map-style dataset (datasets.Dataset, a list of rows)")
+    if isinstance(dataset, torch.utils.data.IterableDataset | datasets.IterableDataset):
+        raise ValueError(
+            f"ShapleyTrainer does not support an iterable {name} yet: give a map-style dataset, for example "
+            "datasets.Dataset.from_list(list(dataset.take(n)))"
+        )
+
+
+def check_optimizer_choice(trainer: Trainer, args: ShapleyConfig) -> None:
+    """The optimizer that `Trainer` is going to make, or was given, has a known step (or the proxy was asked for)."""
+    if args.value_optimizer == "sgd":
+        return
+    if trainer.optimizer is not None:
+        check_optimizer_class(type(trainer.optimizer))
+        check_groups(trainer.optimizer)
+    elif trainer.optimizer_cls_and_kwargs is not None:
+        check_optimizer_class(trainer.optimizer_cls_and_kwargs[0])
+    else:
+        check_optimizer_class(Trainer.get_optimizer_cls_and_kwargs(args, trainer.model)[0])

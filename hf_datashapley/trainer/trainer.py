@@ -1,0 +1,352 @@
+"""`ShapleyTrainer`: the seams between `transformers.Trainer` and the floors below.
+
+What happens at an update, order "first":
+
+    first micro-batch    validation gradient at the present weights -> directions u = -S_0 * grad l_v
+    each micro-batch     Trainer's own forward and backward, under capture: every sample's <g_i, u>
+    clipping             the factor c
+    after the step       values c <g_i, u>, skipped or not -> ledger
+
+Nothing of this touches what `Trainer` computes; the private methods that are overridden stand together at the end of
+the class, and `tests/test_parity.py` notices when one of them changes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .. import __version__
+from ..directions.optimizer import FirstOrder, Momentum
+from ..directions.validation import Batch, Validation, ValidationTarget
+from ..ghost.capture import Capture, Kernel
+from ..ledger import Ledger, load_value_history, load_values
+from ..ledger.writer import refuse_existing
+from ..loss_tokens import count_loss_tokens, shifts_labels
+from ..values.additivity import check_shares
+from ..values.statistics import LogStatistics
+from ..values.update import Update
+from . import requirements
+from .config import ShapleyConfig
+from .samples import BATCH_KEY, IdentifiedRows, IdentifyingCollator, WithoutColumn, read_sample_ids
+
+
+class ShapleyTrainer(Trainer):
+    """A `Trainer` that gives every training sample its In-Run Data Shapley value.
+
+    A value is the part of the fall of the validation loss, in nats per token, that a sample's gradients brought about
+    through the steps of the optimizer, to first order; positive helped. Values add up over updates, samples, groups.
+    Training itself is that of `Trainer`: the same batches, losses and weights (see `ShapleyConfig.value_kernel`).
+
+    Wang, Mittal, Song, Jia: "Data Shapley in One Training Run", ICLR 2025, arXiv 2406.11011.
+
+    Args:
+        model, args, train_dataset, ...: as `Trainer` takes them; `args` is a `ShapleyConfig`. `train_dataset` is
+            map-style; its rows may have a column of ids (`ShapleyConfig.sample_id_column`).
+        validation_dataset: rows whose mean token loss is to be explained, or a dict of them by the targets' names.
+            They are collated like training rows.
+
+    Raises:
+        ValueError: a setting, the model, a dataset or the optimizer is one whose values would not be exact; the
+            message names it and the cure.
+    """
+
+    # Trainer's own, which it does not annotate.
+    data_collator: Any
+    label_smoother: Any
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: ShapleyConfig | None = None,
+        *positional: Any,
+        validation_dataset: Any = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            args = ShapleyConfig(output_dir="tmp_trainer")
+        if not isinstance(args, ShapleyConfig):
+            raise ValueError(f"args is a {type(args).__name__}: give a ShapleyConfig, which takes the same arguments")
+        requirements.check_arguments(args)
+        super().__init__(model, args, *positional, **kwargs)
+        self.args: ShapleyConfig = args
+        requirements.check_model(self.model)
+        requirements.check_collator(self.data_collator)
+        requirements.check_rows(self.train_dataset, "train_dataset")
+        requirements.check_optimizer_choice(self, args)
+        refuse_existing(Path(self.value_dir))
+        self._make_capture()
+        self._sample_ids = read_sample_ids(self.train_dataset, args.sample_id_column, progress=self._shows_progress)
+        self._targets = self._read_targets(validation_dataset)
+        self._validation = self._make_validation()
+        self._ledger: Ledger | None = None
+        # First of all: when the user's callbacks look at the values, the update they follow is among them.
+        self.callback_handler.callbacks.insert(0, UpdateBoundaries(self))
+
+    # What users ask for
+
+    @property
+    def value_dir(self) -> str:
+        """The folder of this run's ledger."""
+        return self.args.value_dir or os.path.join(self.args.output_dir, "values")
+
+    def values(self) -> datasets.Dataset:
+        """One row for each sample trained on so far, see `load_values`."""
+        self._flush()
+        return load_values(self.value_dir)
+
+    def value_history(self) -> datasets.Dataset:
+        """One row for each update and sample in it, see `load_value_history`."""
+        self._flush()
+        return load_value_history(self.value_dir)
+
+    def validation_rows(self, step: int) -> dict[str, np.ndarray]:
+        """Indices into each target's dataset of the rows that update number `step` (from 1) is scored against.
+
+        The target of a `validation_dataset` that is not a dict is called "".
+        """
+        return self._validation.rows_of(step)
+
+    # A run
+
+    def _begin_run(self) -> None:
+        """The optimizer exists and the batch size is settled; also called when the loop is entered again."""
+        assert self._ledger is not None
+        self._ledger.restart()
+        self._validation = self._make_validation()
+        optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+        self._first_order = FirstOrder(
+            optimizer,
+            self._capture.parameters,
+            cast(Literal["auto", "sgd"], self.args.value_optimizer),
+            cast(Momentum, self.args.value_momentum or "unrolled"),
+        )
+        self._statistics = LogStatistics([target.name for target in self._targets])
+        self._update: Update | None = None
+        self._gradients: dict[str, Tensor] | None = None
+        self._directions: dict[str, Tensor] = {}
+        self._shares_checked = False
+
+    def _begin_update(self) -> Update:
+        step = self.state.global_step + 1
+        self._directions = {}  # the old ones go before the new ones come
+        if self._gradients is None or self._validation.fresh(step):
+            self._gradients = None
+            self._gradients, self._losses = self._validation.gradients(self.model, self._capture.parameters, step)
+        if self.args.validation_interval == 1:
+            directions, self._gradients = self._gradients, None
+        else:
+            directions = {name: gradient.clone() for name, gradient in self._gradients.items()}
+        self._directions = self._first_order.scale_(directions)
+        return Update(self._losses, learning_rate=float(self.optimizer.param_groups[0]["lr"]))
+
+    def _end_update(self) -> None:
+        assert self._update is not None and self._ledger is not None
+        update = self._update.finish(self.state.global_step, self.accelerator.optimizer_step_was_skipped)
+        self._update = None
+        self._ledger.append(update)
+        self._statistics.add(update)
+
+    def _end_run(self) -> None:
+        self._update = self._gradients = None
+        self._directions = {}
+
+    # Parts
+
+    @property
+    def _shows_progress(self) -> bool:
+        return not self.args.disable_tqdm
+
+    def _make_capture(self) -> None:
+        kernel = cast(Kernel, "fused" if self.args.value_kernel == "auto" else self.args.value_kernel)
+        self._capture = Capture(self.model, self.args.value_modules, kernel)
+
+    def _rows_and_collator(self, dataset: Any, description: str) -> tuple[Any, Callable[[list[Any]], Any]]:
+        """Rows and collator as `Trainer` would pair them, unused columns removed in the one or the other."""
+        if isinstance(dataset, datasets.Dataset):
+            return self._remove_unused_columns(dataset, description), self.data_collator
+        return dataset, self._get_collator_with_removed_columns(self.data_collator, description)
+
+    def _read_targets(self, validation_dataset: Any) -> list[ValidationTarget]:
+        if validation_dataset is None or (isinstance(validation_dataset, dict) and not validation_dataset):
+            raise ValueError(
+                "validation_dataset is missing: name the rows whose loss is to be explained, or a dict of them by name"
+            )
+        named = validation_dataset if isinstance(validation_dataset, dict) else {"": validation_dataset}
+        targets = []
+        for name, dataset in named.items():
+            if not isinstance(name, str) or (isinstance(validation_dataset, dict) and not name):
+                raise ValueError(f"validation_dataset: {name!r} names a target; give each a name of its own, a string")
+            requirements.check_rows(dataset, f"validation_dataset[{name!r}]" if name else "validation_dataset")
+            if len(dataset) == 0:
+                raise ValueError(f"validation_dataset{f'[{name!r}]' if name else ''} is empty: give it a row at least")
+            rows, collate = self._rows_and_collator(dataset, "validation")
+            collate = WithoutColumn(collate, self.args.sample_id_column)
+            targets.append(ValidationTarget.of(name, rows, collate, shifts_labels(self.model), self._shows_progress))
+        return targets
+
+    def _make_validation(self) -> Validation:
+        rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return Validation(
+            self._targets,
+            self._validation_loss,
+            shifted=shifts_labels(self.model),
+            size=self.args.validation_batch_size or max(1, rows // 16),
+            chunk=self._train_batch_size,
+            interval=self.args.validation_interval,
+            seed=self.args.seed,
+        )
+
+    def _validation_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean token loss of a batch, by the run's own loss, but not smoothed."""
+        smoother, self.label_smoother = self.label_smoother, None
+        try:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(model, self._prepare_inputs(cast(dict[str, Any], batch)))
+        finally:
+            self.label_smoother = smoother
+
+    def _make_ledger(self) -> Ledger:
+        args = self.args
+        settings = {
+            "unit": args.value_unit,
+            "settings": {
+                "model": type(self.model).__name__,
+                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+                "scored_parameters": sum(parameter.numel() for parameter in self._capture.parameters.values()),
+                "value_order": args.value_order,
+                "value_optimizer": args.value_optimizer,
+                "value_momentum": args.value_momentum or "unrolled",
+                "value_modules": args.value_modules,
+                "value_kernel": args.value_kernel,
+                "validation_batch_size": self._validation.size,
+                "validation_interval": args.validation_interval,
+                "seed": args.seed,
+                "hf_datashapley": __version__,
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+            },
+        }
+        return Ledger(self.value_dir, [target.name for target in self._targets], settings)
+
+    def _flush(self) -> None:
+        if self._ledger is not None:
+            self._ledger.flush()
+
+    # Overridden methods of Trainer: public, then private
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        """As `Trainer.train`. The ledger is complete when it returns or raises.
+
+        Raises:
+            ValueError: `value_dir` holds the ledger of an earlier run; `resume_from_checkpoint` is asked for.
+        """
+        if resume_from_checkpoint:
+            raise ValueError(
+                "ShapleyTrainer does not support resume_from_checkpoint yet: load the checkpoint's weights into the "
+                "model and start a new run with a new output_dir"
+            )
+        self._ledger = self._make_ledger()
+        try:
+            return super().train(None, trial, ignore_keys_for_eval)
+        finally:
+            self._end_run()
+            self._ledger.flush()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        sample_ids = inputs.pop(BATCH_KEY)
+        if self._update is None:
+            self._update = self._begin_update()
+        if "labels" in inputs:
+            tokens = count_loss_tokens(inputs["labels"], shifts_labels(self.model))
+        else:
+            tokens = torch.ones_like(sample_ids)
+        with self._capture.scoring(self._directions, len(sample_ids)) as tap:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        # No gradient where the loss reaches none of the scored layers.
+        scores = torch.zeros_like(tap) if tap.grad is None else tap.grad
+        self._update.add(sample_ids, tokens, scores, loss)
+        if not self._shares_checked and self.accelerator.sync_gradients:
+            self._shares_checked = check_shares(self._update.scores(), self._capture.parameters, self._directions)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._ledger is not None:
+            logs |= self._statistics.drain()
+            self._ledger.collect()
+        super().log(logs, start_time)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Here, not at construction: `model_init` may have made another model by now.
+        self._make_capture()
+        with self._capture.attached():
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable[[Any], Any] | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Any:
+        if not is_training:
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        rows, collate = self._rows_and_collator(dataset, description)
+        own_collator = self.data_collator
+        self.data_collator = IdentifyingCollator(collate, self.args.sample_id_column)
+        try:
+            return super()._get_dataloader(
+                IdentifiedRows(rows, self._sample_ids),
+                description,
+                batch_size,
+                # The sampler looks at the rows themselves: their lengths, their columns.
+                None if sampler_fn is None else lambda _: sampler_fn(rows),
+                is_training,
+                dataloader_key,
+            )
+        finally:
+            self.data_collator = own_collator
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        assert self._update is not None
+        # As torch.nn.utils.clip_grad_norm_ computes it.
+        self._update.clip = torch.clamp(self.args.max_grad_norm / (torch.as_tensor(norm) + 1e-6), max=1.0)
+        return norm
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._flush()
+        super()._save_checkpoint(model, trial)
+
+
+class UpdateBoundaries(TrainerCallback):
+    """Tells the trainer when a run begins and when an update is over, between the step and the log row."""
+
+    def __init__(self, trainer: ShapleyTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._begin_run()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._end_update()

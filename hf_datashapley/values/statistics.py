@@ -1,0 +1,46 @@
+"""Running mean, spread and share of negative values between two rows of the training log, kept on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .update import UpdateValues
+
+
+class LogStatistics:
+    """Sums over the updates since the last `drain`. Skipped updates do not count.
+
+    Sums of values and squares are float64 [K], so that the spread does not cancel away.
+    """
+
+    def __init__(self, targets: list[str]):
+        self.targets = targets
+        self._sums: Tensor | None = None
+
+    def add(self, update: UpdateValues) -> None:
+        values = update.values.double()
+        losses = update.validation_losses.double()
+        counted = torch.ones_like(values)
+        sums = torch.stack([counted.sum(0), values.sum(0), values.square().sum(0), (values < 0).double().sum(0)])
+        sums = torch.cat([sums, torch.ones_like(losses).unsqueeze(0), losses.unsqueeze(0)])
+        sums = sums.masked_fill(update.skipped, 0.0)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def drain(self) -> dict[str, float]:
+        """The log's scalars, `shapley/mean` or `shapley/<target>/mean` and so on; waits for the device."""
+        if self._sums is None:
+            return {}
+        count, total, squares, negative, updates, losses = self._sums.tolist()
+        self._sums = None
+        scalars = {}
+        for k, target in enumerate(self.targets):
+            if not count[k]:
+                continue
+            prefix = f"shapley/{target}/" if target else "shapley/"
+            mean = total[k] / count[k]
+            scalars[f"{prefix}mean"] = mean
+            scalars[f"{prefix}std"] = max(squares[k] / count[k] - mean**2, 0.0) ** 0.5
+            scalars[f"{prefix}negative_share"] = negative[k] / count[k]
+            scalars[f"{prefix}validation_loss"] = losses[k] / updates[k]
+        return scalars

@@ -1,0 +1,208 @@
+"""What cannot be valued exactly is refused by name, with the cure, before anything is trained."""
+
+import pytest
+import torch
+from datasets import Dataset
+from models import build, collate, dataset, text_rows
+from peft import LoraConfig, get_peft_model
+from transformers import DataCollatorWithFlattening, LlamaForCausalLM, TrainingArguments
+
+from hf_datashapley import ShapleyConfig, ShapleyTrainer
+from hf_datashapley.ghost.capture import Capture
+
+
+def trainer(tmp_path, *, model=None, rows=8, validation="rows", collator=collate, optimizers=(None, None), **settings):
+    table = dataset(text_rows(8)) if rows == 8 else rows
+    return ShapleyTrainer(
+        build("gpt2") if model is None else model,
+        ShapleyConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, **settings),
+        train_dataset=table,
+        validation_dataset=dataset(text_rows(4, seed=2)) if isinstance(validation, str) else validation,
+        data_collator=collator,
+        optimizers=optimizers,
+    )
+
+
+@pytest.mark.parametrize(
+    "settings, named, cure",
+    [
+        ({"bf16": True}, "bf16", "bf16=False"),
+        ({"torch_compile": True}, "torch_compile", "torch_compile=False"),
+        ({"gradient_checkpointing": True}, "activation checkpointing", "activation_checkpointing=False"),
+        ({"use_liger_kernel": True}, "use_liger_kernel", "use_liger_kernel=False"),
+        ({"optim": "adagrad"}, "Adagrad", "value_optimizer='sgd'"),
+        ({"value_order": "second"}, "value_order='second'", "first"),
+        ({"value_unit": "token"}, "value_unit='token'", "sample"),
+        ({"value_kernel": "gram"}, "value_kernel='gram'", "fused"),
+        ({"value_optimizer": "adam"}, "value_optimizer='adam'", "sgd"),
+        ({"value_momentum": "none"}, "value_momentum='none'", "unrolled"),
+        ({"validation_batch_size": 0}, "validation_batch_size=0", "at least 1"),
+        ({"validation_interval": 0}, "validation_interval=0", "at least 1"),
+        ({"value_modules": ["c_typo"]}, "c_typo", "value_modules"),
+    ],
+)
+def test_settings(tmp_path, settings, named, cure):
+    with pytest.raises(ValueError, match=named) as error:
+        trainer(tmp_path, **settings)
+    assert cure in str(error.value)
+
+
+def test_more_than_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(ShapleyConfig, "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match="more than one process.*--num_processes 1"):
+        trainer(tmp_path)
+
+
+def test_plain_training_arguments(tmp_path):
+    with pytest.raises(ValueError, match="give a ShapleyConfig"):
+        ShapleyTrainer(build("gpt2"), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+
+
+def test_peft_model(tmp_path):
+    model = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="PEFT.*base model"):
+        trainer(tmp_path, model=model)
+
+
+def test_low_precision_model(tmp_path):
+    with pytest.raises(ValueError, match="bfloat16.*dtype=torch.float32"):
+        trainer(tmp_path, model=build("llama", dtype=torch.bfloat16))
+
+
+def test_flattening_collator(tmp_path):
+    with pytest.raises(ValueError, match="DataCollatorWithFlattening.*DataCollatorForLanguageModeling"):
+        trainer(tmp_path, collator=DataCollatorWithFlattening())
+
+
+def test_a_collator_that_packs_rows_is_noticed_in_the_first_step(tmp_path):
+    def pack(rows):
+        batch = collate(rows)
+        return {key: batch[key].reshape(1, -1) for key in ("input_ids", "labels")}
+
+    run = trainer(
+        tmp_path, model=build("llama"), collator=pack, validation=text_rows(1), per_device_train_batch_size=2
+    )
+    with pytest.raises(ValueError, match="made 1 rows of input_ids from 2 samples"):
+        run.train()
+
+
+@pytest.mark.parametrize("rows, named", [(None, "missing"), (Dataset.from_list([]), "empty")])
+def test_training_rows(tmp_path, rows, named):
+    with pytest.raises(ValueError, match=f"train_dataset is {named}"):
+        trainer(tmp_path, rows=rows)
+
+
+def test_iterable_training_rows(tmp_path):
+    with pytest.raises(ValueError, match="iterable train_dataset.*from_list"):
+        trainer(tmp_path, rows=dataset(text_rows(8)).to_iterable_dataset(), max_steps=1)
+
+
+UNLABELLED = [{"input_ids": [3, 4, 5], "labels": [-100, -100, -100]}] * 3
+
+
+@pytest.mark.parametrize(
+    "validation, named",
+    [
+        (None, "validation_dataset is missing"),
+        ({}, "validation_dataset is missing"),
+        ({"code": None}, r"validation_dataset\['code'\] is missing"),
+        (Dataset.from_list([]), "validation_dataset is empty"),
+        ({"code": []}, r"validation_dataset\['code'\] is empty"),
+        (UNLABELLED, "every label of every row is -100"),
+        ({"prose": UNLABELLED}, r"validation_dataset\['prose'\]: every label"),
+        ({"": text_rows(2)}, "give each a name"),
+        ({3: text_rows(2)}, "give each a name"),
+        (dataset(text_rows(2)).to_iterable_dataset(), "iterable validation_dataset"),
+    ],
+)
+def test_validation_rows(tmp_path, validation, named):
+    with pytest.raises(ValueError, match=named):
+        trainer(tmp_path, validation=validation)
+
+
+def test_validation_rows_whose_only_label_is_the_first_token(tmp_path):
+    """A causal model never predicts the first token, so such a row has no loss."""
+    rows = [{"input_ids": [3, 4, 5], "labels": [3, -100, -100]}]
+    with pytest.raises(ValueError, match="every label of every row is -100"):
+        trainer(tmp_path, validation=rows)
+
+
+def test_unlabelled_validation_batches(tmp_path):
+    def without_labels(rows):
+        return {key: value for key, value in collate(rows).items() if key != "labels"}
+
+    with pytest.raises(ValueError, match="no labels after the data collator.*mlm=False"):
+        trainer(tmp_path, collator=without_labels)
+
+
+def test_unlabelled_validation_rows_are_not_drawn(tmp_path):
+    run = trainer(tmp_path, validation=[*UNLABELLED, *text_rows(2)], validation_batch_size=2)
+    assert {int(row) for step in range(1, 9) for row in run.validation_rows(step)[""]} == {3, 4}
+
+
+@pytest.mark.parametrize("setting", ["amsgrad", "maximize"])
+def test_optimizer_settings(tmp_path, setting):
+    model = build("gpt2")
+    optimizer = torch.optim.AdamW(model.parameters(), **{setting: True})
+    with pytest.raises(ValueError, match=f"{setting}=True.*value_optimizer='sgd'"):
+        trainer(tmp_path, model=model, optimizers=(optimizer, None))
+
+
+def test_positions_without_a_batch_dimension(tmp_path):
+    """With as many positions as samples, the one could be taken for the other."""
+
+    class Positions(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(8, 4)
+
+        def forward(self, x):
+            return x + self.table(torch.arange(x.shape[1]))
+
+    model = Positions()
+    capture = Capture(model)
+    directions = {name: torch.ones(1, *p.shape) for name, p in capture.parameters.items()}
+    with capture.attached(), capture.scoring(directions, 3):
+        with pytest.raises(ValueError, match="table: its input has no batch dimension.*value_modules"):
+            model(torch.randn(3, 3, 4))
+
+
+def test_a_module_that_the_loss_never_reaches_has_no_value(tmp_path):
+    model = build("gpt2")
+    model.spare = torch.nn.Linear(3, 3)
+    run = trainer(tmp_path, model=model, value_modules=["spare"], max_steps=2, optim="sgd")
+    run.train()
+    assert set(run.values()["value"]) == {0.0}
+
+
+def test_an_unknown_optimizer_that_was_passed_in(tmp_path):
+    model = build("gpt2")
+    with pytest.raises(ValueError, match="not RMSprop.*value_optimizer='sgd'"):
+        trainer(tmp_path, model=model, optimizers=(torch.optim.RMSprop(model.parameters()), None))
+
+
+def test_the_proxy_takes_any_optimizer(tmp_path):
+    run = trainer(tmp_path, optim="adagrad", value_optimizer="sgd", max_steps=2)
+    run.train()
+    assert any(run.values()["value"])
+
+
+def test_resume(tmp_path):
+    with pytest.raises(ValueError, match="resume_from_checkpoint.*new output_dir"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+class Regularised(LlamaForCausalLM):
+    """Reads a weight outside of its layer: those samples' share of the gradient is not seen by the layer."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        output.loss = output.loss + self.lm_head.weight.square().sum()
+        return output
+
+
+def test_a_parameter_used_outside_of_its_layer_is_noticed(tmp_path):
+    model = Regularised(build("llama").config)
+    run = trainer(tmp_path, model=model, optim="sgd")
+    with pytest.raises(RuntimeError, match="outside of its layer's forward.*value_modules"):
+        run.train()
