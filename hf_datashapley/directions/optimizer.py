@@ -24,13 +24,14 @@ import math
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 
 Momentum = Literal["unrolled", "immediate"]
 KNOWN = (SGD, Adam, AdamW)
-BLOCK = 65_536
+BLOCK = 262_144
 
 
 def check_optimizer_class(optimizer_class: type) -> None:
@@ -80,21 +81,30 @@ class FirstOrder:
         self.proxy = proxy
         self.momentum: Momentum = momentum
         self._groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        self._directions: dict[str, Tensor] = {}
 
-    def scale_(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of l_v, [K, *parameter.shape] by name, become the directions u in place."""
+    def directions(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The directions u of gradients of l_v, both [K, *parameter.shape] by name.
+
+        They lie in memory of their own, which the next call writes again: directions live through a whole update, and
+        memory that is taken and given back at every update costs page faults.
+        """
+        if not self._directions:
+            self._directions = {name: torch.empty_like(gradient) for name, gradient in gradients.items()}
         for name, gradient in gradients.items():
-            parameter = self.parameters[name]
-            group = self._groups.get(parameter)
-            if group is None:
-                gradient.zero_()
-            elif self.proxy == "sgd":
-                gradient.mul_(group["lr"])
-            elif isinstance(self.optimizer, SGD):
-                gradient.mul_(sgd_factor(group, self.optimizer.state[parameter], self.momentum))
-            else:
-                scale_by_adam_(gradient, group, self.optimizer.state[parameter], self.momentum)
-        return gradients
+            self._fill(self._directions[name], gradient, self.parameters[name])
+        return self._directions
+
+    def _fill(self, direction: Tensor, gradient: Tensor, parameter: nn.Parameter) -> None:
+        group = self._groups.get(parameter)
+        if group is None:
+            direction.zero_()
+        elif self.proxy == "sgd":
+            torch.mul(gradient, group["lr"], out=direction)
+        elif isinstance(self.optimizer, SGD):
+            torch.mul(gradient, sgd_factor(group, self.optimizer.state[parameter], self.momentum), out=direction)
+        else:
+            scale_by_adam(direction, gradient, group, self.optimizer.state[parameter], self.momentum)
 
 
 def sgd_factor(group: dict[str, Any], state: dict[str, Any], momentum: Momentum) -> float | Tensor:
@@ -108,8 +118,12 @@ def sgd_factor(group: dict[str, Any], state: dict[str, Any], momentum: Momentum)
     return lr * (1 + mu) if group["nesterov"] else lr * taken_up
 
 
-def scale_by_adam_(gradient: Tensor, group: dict[str, Any], state: dict[str, Any], momentum: Momentum) -> None:
-    """Multiplies [K, *shape] by -S_0 of torch's Adam and AdamW; `state` is the parameter's, before the step.
+def scale_by_adam(
+    direction: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any], momentum: Momentum
+) -> None:
+    """Writes -S_0 of torch's Adam and AdamW times `gradient` into `direction`, both [K, *shape].
+
+    `state` is the parameter's, before the step.
 
     The bias corrections are 0-dimensional float64 tensors: 1 - 0.999^1 in float32 would be off by 3e-5, and reading
     the step counter on the host would stall a GPU. With r = sqrt(1 - b2^(t-1)) the factor is
@@ -119,19 +133,20 @@ def scale_by_adam_(gradient: Tensor, group: dict[str, Any], state: dict[str, Any
     and is made a block of rows at a time, which stays in cache from one elementwise operation to the next.
     """
     if "step" not in state:
-        gradient.zero_()
+        direction.zero_()
         return
     beta1, beta2 = group["betas"]
     steps = state["step"].double()
     share = (1 - beta1) / -torch.expm1((steps + 1) * math.log(beta1)) if momentum == "immediate" and beta1 > 0 else 1.0
     correction = (-torch.expm1(steps * math.log(beta2))).sqrt()
     factor = correction * group["lr"] * share
-    offset = max(group["eps"], torch.finfo(torch.float32).tiny) * correction  # no 0 / 0 where eps is 0
+    offset = group["eps"] * correction
     second_moment = state["exp_avg_sq"]
-    for v, u in zip(row_blocks(second_moment, 0), row_blocks(gradient, 1), strict=True):
-        root = v.sqrt()
-        touched = root.sign()  # 0 where v is 0: no first-order value there (a mask costs twice the time)
-        u.mul_(touched.mul_(factor)).div_(root.add_(offset))
+    blocks = zip(row_blocks(second_moment, 0), row_blocks(gradient, 1), row_blocks(direction, 1), strict=True)
+    for v, g, u in blocks:
+        # Where v is 0 the denominator is infinite: no first-order value there (a mask would cost twice the time).
+        denominator = F.threshold(v.sqrt(), 0.0, math.inf, inplace=True).add_(offset)
+        torch.mul(g, factor, out=u).div_(denominator)
 
 
 def row_blocks(x: Tensor, dim: int) -> tuple[Tensor, ...]:

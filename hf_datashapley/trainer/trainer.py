@@ -125,7 +125,7 @@ class ShapleyTrainer(Trainer):
         self._ledger.restart()
         self._validation = self._make_validation()
         optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
-        self._first_order = FirstOrder(
+        self._first_order: FirstOrder | None = FirstOrder(
             optimizer,
             self._capture.parameters,
             cast(Literal["auto", "sgd"], self.args.value_optimizer),
@@ -139,15 +139,13 @@ class ShapleyTrainer(Trainer):
 
     def _begin_update(self) -> Update:
         step = self.state.global_step + 1
-        self._directions = {}  # the old ones go before the new ones come
         if self._gradients is None or self._validation.fresh(step):
             self._gradients = None
             self._gradients, self._losses = self._validation.gradients(self.model, self._capture.parameters, step)
+        assert self._first_order is not None
+        self._directions = self._first_order.directions(self._gradients)
         if self.args.validation_interval == 1:
-            directions, self._gradients = self._gradients, None
-        else:
-            directions = {name: gradient.clone() for name, gradient in self._gradients.items()}
-        self._directions = self._first_order.scale_(directions)
+            self._gradients = None  # not needed again
         return Update(self._losses, learning_rate=float(self.optimizer.param_groups[0]["lr"]))
 
     def _end_update(self) -> None:
@@ -158,7 +156,8 @@ class ShapleyTrainer(Trainer):
         self._statistics.add(update)
 
     def _end_run(self) -> None:
-        self._update = self._gradients = None
+        """Lets go of everything as large as the model."""
+        self._update = self._gradients = self._first_order = None
         self._directions = {}
 
     # Parts
