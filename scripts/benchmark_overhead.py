@@ -166,13 +166,12 @@ def train_block(variant: str, setting: Setting, model: PreTrainedModel, updates:
 
 
 def peak_memory() -> float:
-    """MiB: the accelerator's, or this process's resident peak."""
+    """MiB: the accelerator's, or this process's resident peak (on Linux)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    # Not getrusage: after a fork its peak starts at the parent's.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
 def print_machine(setting: Setting) -> dict[str, str]:

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from models import build, collate, dataset, text_rows
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorWithFlattening, LlamaForCausalLM, TrainingArguments
 
-from hf_datashapley import ShapleyConfig, ShapleyTrainer
+from hf_datashapley import ShapleyConfig, ShapleyTrainer, load_updates
 from hf_datashapley.ghost.capture import Capture
 
 
@@ -45,6 +46,79 @@ def test_settings(tmp_path, settings, named, cure):
     with pytest.raises(ValueError, match=named) as error:
         trainer(tmp_path, **settings)
     assert cure in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "variable, value, named",
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed precision bf16.*--mixed_precision no|bf16=False"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo|torch_compile"),
+    ],
+)
+def test_what_accelerate_launch_asks_for(tmp_path, monkeypatch, variable, value, named):
+    monkeypatch.setenv(variable, value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match=named):
+        trainer(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_layer_with_a_parameter_of_its_own_kind_is_not_covered():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    model[0].extra = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="0.extra.*value_modules"):
+        Capture(model)
+
+
+def test_a_loss_function_that_needs_the_count(tmp_path):
+    def loss(outputs, labels, num_items_in_batch):
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        summed = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+        return summed / num_items_in_batch
+
+    plain = trainer(tmp_path / "plain", max_steps=2, optim="sgd")
+    custom = ShapleyTrainer(
+        build("gpt2"),
+        ShapleyConfig(
+            output_dir=str(tmp_path / "custom"),
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            max_steps=2,
+            optim="sgd",
+        ),
+        train_dataset=dataset(text_rows(8)),
+        validation_dataset=dataset(text_rows(4, seed=2)),
+        data_collator=collate,
+        compute_loss_func=loss,
+    )
+    losses = []
+    for run in (plain, custom):
+        run.train()
+        losses.append(load_updates(run.value_dir)["validation_loss"][:])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_run_that_fails_before_its_first_update_leaves_no_ledger(tmp_path):
+    def fail(outputs, labels, num_items_in_batch=None):
+        raise RuntimeError("of the user's")
+
+    run = trainer(tmp_path)
+    run.compute_loss_func = fail
+    with pytest.raises(RuntimeError, match="of the user's"):
+        run.train()
+    trainer(tmp_path, max_steps=1).train()
+
+
+def test_a_loader_of_ones_own(tmp_path):
+    class Own(ShapleyTrainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(text_rows(8), batch_size=2, collate_fn=collate)
+
+    run = trainer(tmp_path)
+    run.__class__ = Own
+    with pytest.raises(ValueError, match="get_train_dataloader was overridden.*data_collator"):
+        run.train()
 
 
 def test_more_than_one_process(tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ class Validation:
         rows = self.rows_of(update)
         per_target = []
         losses = []
-        with evaluating(model):
+        with evaluating(model), random_state_kept():
             for target in self.targets:
                 loss, gradient = self._target_gradient(model, list(parameters.values()), target, rows[target.name])
                 losses.append(loss)
@@ -118,15 +118,16 @@ class Validation:
     def _target_gradient(
         self, model: nn.Module, parameters: list[nn.Parameter], target: ValidationTarget, rows: np.ndarray
     ) -> tuple[Tensor, list[Tensor]]:
-        with random_state_kept():
-            chunks = [
-                target.collate([target.rows[int(i)] for i in rows[start : start + self.chunk]])
-                for start in range(0, len(rows), self.chunk)
-            ]
+        chunks = [
+            target.collate([target.rows[int(i)] for i in rows[start : start + self.chunk]])
+            for start in range(0, len(rows), self.chunk)
+        ]
         tokens = [int(count_loss_tokens(batch["labels"], self.shifted).sum()) for batch in chunks]
         total_loss: Tensor | None = None
         total: list[Tensor] = []
         for batch, count in zip(chunks, tokens, strict=True):
+            if count == 0 and any(tokens):
+                continue  # a collator that masks at random may leave a row without a label
             loss = self.loss(model, batch) * (count / max(sum(tokens), 1))
             found = torch.autograd.grad(loss, parameters, materialize_grads=True)
             if total_loss is None:

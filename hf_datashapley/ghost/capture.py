@@ -191,6 +191,6 @@ def covering_rule(name: str, module: nn.Module, own: dict[str, str]) -> LayerRul
         rule = rule_for(module)
     except ValueError as error:
         raise ValueError(f"{type(module).__name__} {name} cannot be scored ({parameters}): {error}; {cure}") from None
-    if rule is None:
+    if rule is None or not own.keys() <= {"weight", "bias"}:
         raise ValueError(f"no rule covers {type(module).__name__} {name}, whose {parameters} trains: {cure}")
     return rule

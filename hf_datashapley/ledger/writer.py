@@ -115,8 +115,10 @@ class Ledger:
         self._wait()
 
     def close(self) -> None:
+        """Flushes. A run that made no update leaves no ledger, which would only be in the way of the next attempt."""
         self.flush()
-        self._thread.shutdown()
+        if not parts(self.directory, "updates"):
+            (self.directory / MANIFEST).unlink(missing_ok=True)
 
     def restart(self) -> None:
         """Forgets what this run has written: its training loop has begun again from the first update."""

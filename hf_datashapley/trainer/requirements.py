@@ -6,6 +6,8 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, DynamoBackend
 from peft import PeftModel
 from torch import nn
 from transformers import DataCollatorWithFlattening, Trainer
@@ -29,6 +31,27 @@ def check_arguments(args: ShapleyConfig) -> None:
         "FSDP": (bool(args.fsdp), "leave `fsdp` unset"),
         "DeepSpeed": (args.deepspeed is not None, "leave `deepspeed` unset"),
         "use_liger_kernel": (args.use_liger_kernel, "set use_liger_kernel=False: its fused loss bypasses lm_head"),
+    }
+    for name, (asked, cure) in refused.items():
+        if asked:
+            raise ValueError(f"ShapleyTrainer does not support {name} yet: {cure}")
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """The same settings where they come from `accelerate launch` or its config file."""
+    refused = {
+        f"mixed precision {accelerator.mixed_precision}": (
+            accelerator.mixed_precision != "no",
+            "launch with --mixed_precision no",
+        ),
+        f"{accelerator.distributed_type.value}": (
+            accelerator.distributed_type != DistributedType.NO,
+            "launch one process, without FSDP or DeepSpeed (accelerate launch --num_processes 1)",
+        ),
+        "a dynamo backend": (
+            accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
+            "launch with --dynamo_backend no",
+        ),
     }
     for name, (asked, cure) in refused.items():
         if asked:

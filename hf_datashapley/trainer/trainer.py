@@ -80,6 +80,7 @@ class ShapleyTrainer(Trainer):
         requirements.check_arguments(args)
         super().__init__(model, args, *positional, **kwargs)
         self.args: ShapleyConfig = args
+        requirements.check_launch(self.accelerator)
         requirements.check_model(self.model)
         requirements.check_collator(self.data_collator)
         requirements.check_rows(self.train_dataset, "train_dataset")
@@ -211,7 +212,12 @@ class ShapleyTrainer(Trainer):
         smoother, self.label_smoother = self.label_smoother, None
         try:
             with self.compute_loss_context_manager():
-                return self.compute_loss(model, self._prepare_inputs(cast(dict[str, Any], batch)))
+                inputs = self._prepare_inputs(cast(dict[str, Any], batch))
+                # A model gives the mean by itself; a loss function of the user's is told over how many tokens.
+                count = None
+                if self.compute_loss_func is not None:
+                    count = count_loss_tokens(inputs["labels"], shifts_labels(self.model)).sum()
+                return self.compute_loss(model, inputs, num_items_in_batch=count)
         finally:
             self.label_smoother = smoother
 
@@ -228,7 +234,10 @@ class ShapleyTrainer(Trainer):
                 "value_momentum": args.value_momentum or "unrolled",
                 "value_modules": args.value_modules,
                 "value_kernel": args.value_kernel,
-                "validation_batch_size": self._validation.size,
+                "validation_rows": {
+                    target.name or "validation": min(self._validation.size, len(target.usable))
+                    for target in self._targets
+                },
                 "validation_interval": args.validation_interval,
                 "seed": args.seed,
                 "hf_datashapley": __version__,
@@ -262,12 +271,17 @@ class ShapleyTrainer(Trainer):
             return super().train(None, trial, ignore_keys_for_eval)
         finally:
             self._end_run()
-            self._ledger.flush()
+            self._ledger.close()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        sample_ids = inputs.pop(BATCH_KEY)
+        sample_ids = inputs.pop(BATCH_KEY, None)
+        if sample_ids is None:
+            raise ValueError(
+                "a batch came without its samples' ids: get_train_dataloader was overridden; give the rows as "
+                "train_dataset, and what makes batches of them as data_collator"
+            )
         if self._update is None:
             self._update = self._begin_update()
         if "labels" in inputs:
