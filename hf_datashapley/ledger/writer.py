@@ -117,6 +117,7 @@ class Ledger:
     def close(self) -> None:
         """Flushes. A run that made no update leaves no ledger, which would only be in the way of the next attempt."""
         self.flush()
+        self._thread.shutdown()
         if not parts(self.directory, "updates"):
             (self.directory / MANIFEST).unlink(missing_ok=True)
 

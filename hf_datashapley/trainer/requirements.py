@@ -32,6 +32,11 @@ def check_arguments(args: ShapleyConfig) -> None:
         "DeepSpeed": (args.deepspeed is not None, "leave `deepspeed` unset"),
         "use_liger_kernel": (args.use_liger_kernel, "set use_liger_kernel=False: its fused loss bypasses lm_head"),
     }
+    refuse_first(refused)
+
+
+def refuse_first(refused: dict[str, tuple[bool, str]]) -> None:
+    """Raises `ValueError` for the first setting that was asked for; its name -> (asked for, cure)."""
     for name, (asked, cure) in refused.items():
         if asked:
             raise ValueError(f"ShapleyTrainer does not support {name} yet: {cure}")
@@ -53,9 +58,7 @@ def check_launch(accelerator: Accelerator) -> None:
             "launch with --dynamo_backend no",
         ),
     }
-    for name, (asked, cure) in refused.items():
-        if asked:
-            raise ValueError(f"ShapleyTrainer does not support {name} yet: {cure}")
+    refuse_first(refused)
 
 
 def check_model(model: nn.Module) -> None:
