@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .ledger import load_updates, load_value_history, load_values
+    from .ledger import load_audit, load_updates, load_value_history, load_values
     from .trainer import ShapleyConfig, ShapleyTrainer
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["ShapleyConfig", "ShapleyTrainer", "load_updates", "load_value_history", "load_values"]
+__all__ = ["ShapleyConfig", "ShapleyTrainer", "load_audit", "load_updates", "load_value_history", "load_values"]
 
 _HOME = {
     "ShapleyConfig": "trainer",
     "ShapleyTrainer": "trainer",
+    "load_audit": "ledger",
     "load_updates": "ledger",
     "load_value_history": "ledger",
     "load_values": "ledger",

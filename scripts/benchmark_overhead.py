@@ -1,14 +1,16 @@
 """What values cost: plain `Trainer`, the ceiling, and `ShapleyTrainer`, alternating in one process.
 
-The ceiling is plain training and the same validation pass, nothing scored: no exact method can be faster. Each variant
-trains blocks of updates in turn, so that whatever else the machine does hits all of them; an update's time is the
-median over all blocks, and only ratios within one run are to be quoted. Peak memory is that of one block in a process
-of its own, over a process that has imported everything and built the model.
+The ceiling is plain training and the same validation pass, nothing scored: no exact method can be faster. Each
+variant is a real training run; the runs take turns update by update (in greenlets, so that all share one thread and
+one heap), and whatever else the machine does hits all of them alike. A round is one update of each, or one whole
+validation interval. Ratios are taken within a round; medians and quartiles are over rounds. Only ratios within one
+run of this script are to be quoted. Peak memory is that of a few updates in a process of its own, over a process that
+has imported everything and built the model.
 
     python scripts/benchmark_overhead.py                       # GPT-2 4x256, 8 + 1 rows of 256 tokens
     python scripts/benchmark_overhead.py --batch_size 16
     python scripts/benchmark_overhead.py --targets 8 --variants plain ceiling fused
-    python scripts/benchmark_overhead.py --validation_interval 10 --updates 20
+    python scripts/benchmark_overhead.py --validation_interval 10 --rounds 8
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ import torch
 import transformers
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
+from greenlet import getcurrent, greenlet
+from tqdm.auto import tqdm
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -64,8 +68,7 @@ class Setting:
         default_factory=lambda: ["plain", "ceiling", "fused", "project"],
         metadata={"help": "Any of plain, ceiling, fused, project; plain and ceiling are what the ratios are over."},
     )
-    updates: int = field(default=8, metadata={"help": "Timed updates in a block (one more warms up)."})
-    rounds: int = field(default=8, metadata={"help": "Blocks of each variant."})
+    rounds: int = field(default=40, metadata={"help": "Updates of each variant, or whole validation intervals."})
     threads: int = 2
     memory: bool = field(default=True, metadata={"help": "Measure peak memory too, in processes of their own."})
     json: str | None = field(default=None, metadata={"help": "File for the figures."})
@@ -101,32 +104,29 @@ def random_rows(setting: Setting, count: int, seed: int) -> Dataset:
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
 
 
-class UpdateTimes(TrainerCallback):
-    """Seconds from one update's end to the next one's; the first, which warms up, is left out."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+class Baton(TrainerCallback):
+    """Gives the thread back to whoever started this run, at the end of every update."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
+        parent = getcurrent().parent
+        assert parent is not None
+        parent.switch()
 
 
 class CeilingTrainer(ShapleyTrainer):
     """Plain training and the validation gradient of `ShapleyTrainer`, which nobody uses."""
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        sample_ids = inputs.pop("_datashapley_sample_id")
+        del inputs["_datashapley_sample_id"]
         step = self.state.global_step + 1
         if self._validation.fresh(step):
             self._validation.gradients(self.model, self._capture.parameters, step)
-        inputs = {**inputs}
-        del sample_ids
         return Trainer.training_step(self, model, inputs, num_items_in_batch)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        return Trainer._inner_training_loop(self, *args, **kwargs)  # nothing is attached
 
     def _clip_grad_norm(self, model: Any) -> Any:
         return Trainer._clip_grad_norm(self, model)
@@ -135,16 +135,14 @@ class CeilingTrainer(ShapleyTrainer):
         pass
 
 
-def train_block(variant: str, setting: Setting, model: PreTrainedModel, updates: int) -> list[float]:
-    """Trains `updates` + 1 updates and gives the seconds of all but the first."""
-    times = UpdateTimes()
-    train = random_rows(setting, setting.batch_size * (updates + 1), seed=1)
+def train(variant: str, setting: Setting, model: PreTrainedModel, updates: int) -> None:
+    rows = random_rows(setting, setting.batch_size * updates, seed=1)
     targets = {f"t{k}": random_rows(setting, 2 * setting.validation_rows, seed=2 + k) for k in range(setting.targets)}
     with tempfile.TemporaryDirectory() as folder:
         args = ShapleyConfig(
             output_dir=folder,
             per_device_train_batch_size=setting.batch_size,
-            max_steps=updates + 1,
+            max_steps=updates,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
@@ -156,13 +154,49 @@ def train_block(variant: str, setting: Setting, model: PreTrainedModel, updates:
         )
         trainer: Trainer
         if variant == "plain":
-            trainer = Trainer(model, args, train_dataset=train, callbacks=[times])
+            trainer = Trainer(model, args, train_dataset=rows, callbacks=[Baton()])
         else:
             kind = CeilingTrainer if variant == "ceiling" else ShapleyTrainer
-            trainer = kind(model, args, train_dataset=train, validation_dataset=targets, callbacks=[times])
+            trainer = kind(model, args, train_dataset=rows, validation_dataset=targets, callbacks=[Baton()])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return times.seconds()
+
+
+class Run:
+    """A training run that makes one update at a time."""
+
+    def __init__(self, variant: str, setting: Setting, updates: int):
+        self._greenlet = greenlet(lambda: train(variant, setting, build_model(setting), updates))
+
+    def update(self) -> float:
+        """Goes on to the end of the next update; its seconds."""
+        start = time.perf_counter()
+        self._greenlet.switch()
+        return time.perf_counter() - start
+
+    def finish(self) -> None:
+        while not self._greenlet.dead:
+            self._greenlet.switch()
+
+
+def measured_seconds(setting: Setting) -> dict[str, list[float]]:
+    """Seconds of each variant's rounds, after a first one that warms up."""
+    length = setting.validation_interval
+    runs = {variant: Run(variant, setting, (setting.rounds + 1) * length) for variant in setting.variants}
+    seconds: dict[str, list[float]] = {variant: [0.0] * (setting.rounds + 1) for variant in setting.variants}
+    for number in tqdm(range((setting.rounds + 1) * length), "updates of each"):
+        # In turn forwards and backwards, so that no variant always follows the same other one.
+        for variant in setting.variants if number % 2 == 0 else reversed(setting.variants):
+            seconds[variant][number // length] += runs[variant].update()
+    for run in runs.values():
+        run.finish()
+    return {variant: rounds[1:] for variant, rounds in seconds.items()}
+
+
+def ratio(of: list[float], over: list[float]) -> dict[str, float]:
+    """Throughput over that of another variant: median and quartiles of the ratios within rounds."""
+    low, median, high = statistics.quantiles([b / a for a, b in zip(of, over, strict=True)], n=4)
+    return {"median": median, "low": low, "high": high}
 
 
 def peak_memory() -> float:
@@ -189,7 +223,7 @@ def print_machine(setting: Setting) -> dict[str, str]:
 
 
 def measured_memory(setting: Setting, variant: str) -> float:
-    command = [sys.executable, __file__, "--only", variant, "--updates", "2"]
+    command = [sys.executable, __file__, "--only", variant]
     for name in ("family", "layers", "width", "vocabulary", "length", "batch_size", "validation_rows", "targets",
                  "validation_interval", "threads"):  # fmt: skip
         command += [f"--{name}", str(vars(setting)[name])]
@@ -201,53 +235,46 @@ def main() -> None:
     torch.set_num_threads(setting.threads)
     transformers.logging.set_verbosity_error()
     disable_progress_bar()
-    model = build_model(setting)
     if setting.only:
-        if setting.only != "model":
-            train_block(setting.only, setting, model, setting.updates)
+        if setting.only == "model":
+            build_model(setting)
+        else:
+            Run(setting.only, setting, updates=3).finish()
         print(peak_memory())
         return
 
     versions = print_machine(setting)
     print(
         f"{setting.family} {setting.layers}x{setting.width}, vocabulary {setting.vocabulary}, "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; {setting.batch_size} + "
+        f"{sum(p.numel() for p in build_model(setting).parameters()) / 1e6:.1f}M parameters; {setting.batch_size} + "
         f"{setting.targets} x {setting.validation_rows} rows of {setting.length} tokens, a fresh validation gradient "
-        f"every {setting.validation_interval} updates; AdamW, clipping; {setting.rounds} x {setting.updates} updates"
+        f"every {setting.validation_interval} updates; AdamW, clipping; {setting.rounds} rounds"
     )
-    seconds: dict[str, list[float]] = {variant: [] for variant in setting.variants}
-    for done in range(setting.rounds):
-        # In turn forwards and backwards, so that no variant always follows the same other one.
-        for variant in setting.variants if done % 2 == 0 else reversed(setting.variants):
-            seconds[variant] += train_block(variant, setting, model, setting.updates)
-        print(f"  round {done + 1} of {setting.rounds}", file=sys.stderr)
-
-    # With an interval, an update costs differently according to its place in it: the mean is over whole intervals.
-    typical = statistics.median if setting.validation_interval == 1 else statistics.mean
+    seconds = measured_seconds(setting)
     memory: dict[str, float] = {}
     if setting.memory:
         memory = {variant: measured_memory(setting, variant) for variant in ["model", *setting.variants]}
-    rows = []
-    print("variant     ms/update      IQR  of plain  of ceiling  peak MiB  over plain")
+    results = []
+    print("variant     ms/update      IQR   throughput over plain  over the ceiling       peak MiB  over plain")
     for variant, times in seconds.items():
-        low, _, high = statistics.quantiles(times, n=4)
-        row = {
-            "variant": variant,
-            "milliseconds": 1e3 * typical(times),
-            "interquartile_range": 1e3 * (high - low),
-            "of_plain": typical(seconds["plain"]) / typical(times) if "plain" in seconds else None,
-            "of_ceiling": typical(seconds["ceiling"]) / typical(times) if "ceiling" in seconds else None,
-            "peak_mib": memory.get(variant),
-            "peak_over_plain_mib": memory[variant] - memory["plain"] if "plain" in memory else None,
-        }
-        rows.append(row)
-        cells = [f"{row['milliseconds']:10.1f}", f"{row['interquartile_range']:8.1f}"]
-        cells += ["-".rjust(w) if v is None else f"{v:{w}.{d}f}" for v, w, d in (
-            (row["of_plain"], 9, 3), (row["of_ceiling"], 11, 3), (row["peak_mib"], 9, 0),
-            (row["peak_over_plain_mib"], 11, 0))]  # fmt: skip
-        print(f"{variant:10} " + " ".join(cells))
+        low, typical, high = (1e3 * t / setting.validation_interval for t in statistics.quantiles(times, n=4))
+        result: dict[str, Any] = {"variant": variant, "milliseconds": typical, "interquartile_range": high - low}
+        for base in ("plain", "ceiling"):
+            result[f"of_{base}"] = ratio(times, seconds[base]) if base in seconds else None
+        result["peak_mib"] = memory.get(variant)
+        result["peak_over_plain_mib"] = memory[variant] - memory["plain"] if "plain" in memory else None
+        results.append(result)
+        ratios = [
+            "-".center(20) if found is None else f"{found['median']:.3f} ({found['low']:.3f}-{found['high']:.3f})"
+            for found in (result["of_plain"], result["of_ceiling"])
+        ]
+        peaks = [
+            "-" if peak is None else f"{peak:.0f}" for peak in (result["peak_mib"], result["peak_over_plain_mib"])
+        ]
+        print(f"{variant:10} {typical:10.1f} {high - low:8.1f}    {'  '.join(ratios)}  {peaks[0]:>9}  {peaks[1]:>10}")
     if setting.json:
-        Path(setting.json).write_text(json.dumps({"setting": asdict(setting), **versions, "variants": rows}, indent=2))
+        found = {"setting": asdict(setting), **versions, "variants": results}
+        Path(setting.json).write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

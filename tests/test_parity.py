@@ -250,6 +250,7 @@ PRIVATE = {
     "_save_checkpoint": "(self, model, trial)",
     "_remove_unused_columns": "(self, dataset, description)",
     "_get_collator_with_removed_columns": "(self, data_collator, description)",
+    "_prepare_inputs": "(self, inputs)",
 }
 
 

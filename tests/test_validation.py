@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from models import build
 
-from hf_datashapley.directions.validation import ValidationTarget, evaluating, random_state_kept
+from hf_datashapley.directions.validation import ValidationTarget, evaluating
+from hf_datashapley.random_state import random_state_kept
 
 
 def test_every_module_gets_its_own_flag_back():

@@ -8,10 +8,10 @@ state, no `.grad`, no train or eval flag.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..loss_tokens import count_loss_tokens
+from ..random_state import random_state_kept
 
 
 Batch = Mapping[str, Any]
@@ -98,46 +99,66 @@ class Validation:
         return (update - 1) % self.interval == 0
 
     def gradients(
-        self, model: nn.Module, parameters: dict[str, nn.Parameter], update: int
+        self,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        update: int,
+        differentiate: Callable[[Tensor], Sequence[Tensor]] | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Gradients of every target's mean token loss, [K, *shape] by parameter name, and the losses, [K]."""
+        """Gradients of every target's mean token loss, [K, *shape] by parameter name, and the losses, [K].
+
+        `differentiate` makes something else of a loss, linear in it and of the shapes of `parameters`.
+        """
+        chosen = list(parameters.values())
+        if differentiate is None:
+            differentiate = partial(torch.autograd.grad, inputs=chosen, materialize_grads=True)
         rows = self.rows_of(update)
         per_target = []
         losses = []
         with evaluating(model), random_state_kept():
             for target in self.targets:
-                loss, gradient = self._target_gradient(model, list(parameters.values()), target, rows[target.name])
-                losses.append(loss)
-                per_target.append(gradient)
+                total_loss: Tensor | None = None
+                total: list[Tensor] = []
+                for loss in self._shares(model, target, rows[target.name]):
+                    found = differentiate(loss)
+                    if total_loss is None:
+                        total_loss, total = loss.detach(), list(found)
+                    else:
+                        total_loss = total_loss + loss.detach()
+                        for sum_, gradient in zip(total, found, strict=True):
+                            sum_ += gradient
+                assert total_loss is not None
+                losses.append(total_loss)
+                per_target.append(total)
         if len(per_target) == 1:
             stacked = [gradient.unsqueeze(0) for gradient in per_target[0]]
         else:
             stacked = [torch.stack(gradients) for gradients in zip(*per_target, strict=True)]
         return dict(zip(parameters, stacked, strict=True)), torch.stack(losses)
 
-    def _target_gradient(
-        self, model: nn.Module, parameters: list[nn.Parameter], target: ValidationTarget, rows: np.ndarray
-    ) -> tuple[Tensor, list[Tensor]]:
+    @torch.no_grad()
+    def losses(self, model: nn.Module, update: int) -> Tensor:
+        """Every target's mean token loss on the rows of an update, [K]."""
+        rows = self.rows_of(update)
+        with evaluating(model), random_state_kept():
+            return torch.stack([sum_of(self._shares(model, target, rows[target.name])) for target in self.targets])
+
+    def _shares(self, model: nn.Module, target: ValidationTarget, rows: np.ndarray) -> Iterator[Tensor]:
+        """Losses of chunks of the rows, each by its share of the tokens: they add up to the mean token loss."""
         chunks = [
             target.collate([target.rows[int(i)] for i in rows[start : start + self.chunk]])
             for start in range(0, len(rows), self.chunk)
         ]
         tokens = [int(count_loss_tokens(batch["labels"], self.shifted).sum()) for batch in chunks]
-        total_loss: Tensor | None = None
-        total: list[Tensor] = []
         for batch, count in zip(chunks, tokens, strict=True):
             if count == 0 and any(tokens):
                 continue  # a collator that masks at random may leave a row without a label
-            loss = self.loss(model, batch) * (count / max(sum(tokens), 1))
-            found = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            if total_loss is None:
-                total_loss, total = loss.detach(), list(found)
-            else:
-                total_loss = total_loss + loss.detach()
-                for sum_, gradient in zip(total, found, strict=True):
-                    sum_ += gradient
-        assert total_loss is not None
-        return total_loss, total
+            yield self.loss(model, batch) * (count / max(sum(tokens), 1))
+
+
+def sum_of(tensors: Iterable[Tensor]) -> Tensor:
+    first, *others = tensors
+    return sum(others, first)
 
 
 @contextmanager
@@ -150,18 +171,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Collators may draw (masking, shuffling); what they draw for validation must not shift what training draws."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
 
 
 def _of(name: str) -> str:

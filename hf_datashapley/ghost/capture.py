@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .kernels import ScoredLinear, ScoreOutput
-from .rules import LayerRule, LinearRule, rule_for
+from .kept import Kept
+from .kernels import KeptLinear, KeptOutput, ScoredLinear, ScoreOutput
+from .rules import LayerRule, LinearRule, positions, rule_for
 
 
 Kernel = Literal["fused", "project"]
@@ -27,15 +28,20 @@ SITE = "_datashapley_site"
 
 
 class Site:
-    """What a captured layer needs to score itself; idle while `tap` is None. Copies and pickles of it are idle."""
+    """What a captured layer needs to score itself, or to be scored later.
+
+    Idle while `batch_size` is 0. Copies and pickles of it are idle.
+    """
 
     def __init__(self) -> None:
         self.name = ""
         self.rule: LayerRule | None = None
         self.kernel: Kernel = "project"
         self.parameters: dict[str, str] = {}  # the layer's name of a scored parameter -> the model's name of it
+        self.batch_size = 0
         self.tap: Tensor | None = None
         self.directions: dict[str, Tensor] = {}  # by the layer's names
+        self.kept: Kept | None = None
 
     def __reduce__(self) -> tuple[type[Site], tuple[()]]:
         return (Site, ())
@@ -46,10 +52,10 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """The `forward` of a captured layer."""
     site: Site = self.__dict__[SITE]
     own = type(self).forward
-    if site.tap is None:
+    if not site.batch_size:
         return own(self, *args, **kwargs)
     x = args[0] if args else next(iter(kwargs.values()))
-    batch = site.tap.shape[0]
+    batch = site.batch_size
     if x.ndim == 1 and not x.is_floating_point():
         raise ValueError(
             f"{site.name}: its input has no batch dimension, so its gradient cannot be told apart by sample; look up "
@@ -65,20 +71,26 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
             )
         x = x.expand(batch, *x.shape[1:])
     assert site.rule is not None
-    if site.kernel == "fused" and isinstance(site.rule, LinearRule) and "weight" in site.directions:
-        return ScoredLinear.apply(
-            x,
-            self.weight,
-            self.bias,
-            site.tap,
-            site.directions["weight"],
-            site.directions.get("bias"),
-            site.rule.transposed,
-        )
+    if site.kernel == "fused" and isinstance(site.rule, LinearRule) and "weight" in site.parameters:
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        if site.kept is None:
+            u, u_bias = site.directions["weight"], site.directions.get("bias")
+            return ScoredLinear.apply(x, weight, bias, site.tap, u, u_bias, site.rule.transposed)
+        if gradients_are_smaller(weight, x):
+            keep = partial(site.kept.add_gradients, site.parameters)
+            return KeptLinear.apply(x, weight, bias, site.rule.transposed, keep)
     output = own(self, *args, **kwargs)
     if output.shape[0] != batch:
         output = output.expand(batch, *output.shape[1:])
+    if site.kept is not None:
+        return KeptOutput.apply(output, x, partial(site.kept.add_inputs, site.parameters, site.rule))
     return ScoreOutput.apply(output, x, site.tap, partial(site.rule.scores, directions=site.directions))
+
+
+def gradients_are_smaller(weight: Tensor, x: Tensor) -> bool:
+    """Whether a sample's own weight gradient takes no more room than its inputs and output gradients."""
+    return weight.numel() <= positions(x).shape[1] * sum(weight.shape)
 
 
 class Capture:
@@ -148,13 +160,38 @@ class Capture:
         tap = torch.zeros(batch_size, some.shape[0], dtype=some.dtype, device=some.device, requires_grad=True)
         try:
             for site in self._sites.values():
+                site.batch_size = batch_size
                 site.tap = tap
                 site.directions = {local: directions[name] for local, name in site.parameters.items()}
             yield tap
         finally:
+            self._rest()
+
+    @contextmanager
+    def keeping(self, batch_size: int) -> Iterator[Kept]:
+        """Keep what scoring needs, of every backward pass of a forward pass that runs within it."""
+        kept = Kept(batch_size)
+        try:
             for site in self._sites.values():
-                site.tap = None
-                site.directions = {}
+                site.batch_size = batch_size
+                site.kept = kept
+            yield kept
+        finally:
+            self._rest()
+
+    def _rest(self) -> None:
+        for site in self._sites.values():
+            site.batch_size, site.tap, site.directions, site.kept = 0, None, {}, None
+
+    def kept_bytes(self, rows: int, length: int) -> int:
+        """About how much room `keeping` takes for rows of `length` positions: inputs and output gradients."""
+        total = 0
+        for module, site in self._sites.items():
+            some = next(p for local, p in module._parameters.items() if local in site.parameters and p is not None)
+            # A norm's input and output have the size of its weight each, an embedding keeps ids and outputs.
+            width = sum(some.shape) if isinstance(site.rule, LinearRule) and some.ndim == 2 else 2 * some.shape[-1]
+            total += rows * length * width * some.element_size()
+        return total
 
 
 def scored_parameters(model: nn.Module, modules: list[str] | str | None) -> dict[str, nn.Parameter]:

@@ -12,6 +12,9 @@ Two kernels (design trade-off: bits against time):
 - "fused" (`ScoredLinear`) forms the weight gradient, which training computes anyway, sample by sample and takes each
   sample's inner product on the way; no further matrix product, a different order of summation.
 
+Order "second" and "path" know their directions only when the backward pass is over. `KeptOutput` and `KeptLinear` are
+the same two kernels without a score: they hand what a score needs to a `keep` function (see `kept`).
+
 Shapes: B samples, P positions, I inputs, O outputs, L and R the two sides of a weight gradient, K directions.
 """
 
@@ -93,6 +96,56 @@ class ScoredLinear(Function):
             if bias_direction is not None:
                 scores_BK += bias_gradient_BO @ bias_direction.T
         return x_gradient, weight_gradient, bias_gradient, scores_BK, None, None, None
+
+
+class KeptOutput(Function):
+    """Identity on a layer's output; its backward hands the layer's input and output gradient to `keep`."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, keep: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.keep = keep
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.keep(x, b)
+        return b, None, None
+
+
+class KeptLinear(Function):
+    """Linear layer whose backward hands the samples' own weight gradients, [B, *weight.shape], to `keep`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transposed: bool,
+        keep: Callable[[Tensor, Tensor | None], None],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.transposed, ctx.keep = transposed, keep
+        return F.linear(x, weight.t() if transposed else weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        x_gradient = bias_gradient = bias_gradient_BO = None
+        if ctx.needs_input_grad[0]:
+            x_gradient = b @ (weight.t() if ctx.transposed else weight)
+        x_BPI, b_BPO = positions(x), positions(b)
+        left, right = (x_BPI, b_BPO) if ctx.transposed else (b_BPO, x_BPI)
+        gradients_BLR = torch.bmm(left.transpose(1, 2), right)
+        if ctx.needs_input_grad[2]:
+            bias_gradient_BO = b_BPO.sum(1)
+            bias_gradient = bias_gradient_BO.sum(0)
+        ctx.keep(gradients_BLR, bias_gradient_BO)
+        return x_gradient, gradients_BLR.sum(0), bias_gradient, None, None
 
 
 def sample_weight_gradients(left_BPL: Tensor, right_BPR: Tensor, direction_KLR: Tensor) -> tuple[Tensor, Tensor]:

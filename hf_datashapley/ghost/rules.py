@@ -77,9 +77,16 @@ def sum_of(scores: list[Tensor]) -> Tensor:
 
 
 class LayerRule:
-    """How one layer scores: `scores(x, b, directions)` -> [B, K], directions by parameter name, each [K, *shape]."""
+    """How one layer scores: `scores(x, b, directions)` -> [B, K], directions by parameter name, each [K, *shape].
+
+    And, where a gradient itself is asked for: `gradient(name, x, b)`, that of one sample's share, with x and b a batch
+    of this one sample.
+    """
 
     def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def gradient(self, name: str, x: Tensor, b: Tensor) -> Tensor:
         raise NotImplementedError
 
 
@@ -95,6 +102,12 @@ class LinearRule(LayerRule):
             weight = weight.transpose(1, 2)
         return linear_scores(x, b, weight, directions.get("bias"))
 
+    def gradient(self, name: str, x: Tensor, b: Tensor) -> Tensor:
+        if name == "bias":
+            return positions(b)[0].sum(0)
+        left, right = (x, b) if self.transposed else (b, x)
+        return positions(left)[0].t() @ positions(right)[0]
+
 
 class EmbeddingRule(LayerRule):
     """`torch.nn.Embedding`."""
@@ -103,9 +116,22 @@ class EmbeddingRule(LayerRule):
         if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
             raise ValueError("an Embedding with max_norm, scale_grad_by_freq or sparse=True cannot be scored exactly")
         self.padding_idx = layer.padding_idx
+        self.shape = layer.weight.shape
 
     def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor]) -> Tensor:
         return embedding_scores(x, b, directions["weight"], self.padding_idx)
+
+    def gradient(self, name: str, x: Tensor, b: Tensor) -> Tensor:
+        rows, sums = self.rows(x, b)
+        return b.new_zeros(self.shape).index_copy_(0, rows, sums)
+
+    def rows(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows [R] of one sample's gradient that are not zero, and what they hold, [R, C]."""
+        rows, place = x.flatten().unique(return_inverse=True)
+        sums = b.new_zeros(len(rows), b.shape[-1]).index_add_(0, place, b.reshape(-1, b.shape[-1]))
+        if self.padding_idx is not None:
+            sums.masked_fill_((rows == self.padding_idx).unsqueeze(1), 0.0)
+        return rows, sums
 
 
 class NormRule(LayerRule):
@@ -123,6 +149,11 @@ class NormRule(LayerRule):
         return norm_scores(
             x_hat, b, None if gamma is None else gamma.flatten(1), None if beta is None else beta.flatten(1)
         )
+
+    def gradient(self, name: str, x: Tensor, b: Tensor) -> Tensor:
+        if name == "weight":
+            b = self.normalise(x) * b
+        return b.reshape(-1, *b.shape[-self.ndim :]).sum(0)
 
 
 class LayerNormRule(NormRule):

@@ -3,6 +3,7 @@
     ledger.json                               the manifest: format, targets, unit, settings of the run
     values-<first update>-<last update>.parquet    step, sample_id, tokens, one float32 column for each target
     updates-<first update>-<last update>.parquet   step, skipped, clip, learning_rate, validation loss for each target
+    audit-<first update>-<last update>.parquet     step, target, samples, carried, predicted, actual; where asked for
 
 Parts are cut between updates, written under a temporary name and renamed when they are complete. Byte-stream-split
 floats under zstd take about half the room of the default encoding (12 bytes a row with two targets) and write faster.
@@ -17,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 
+KINDS = ("values", "updates", "audit")
 MANIFEST = "ledger.json"
 FORMAT = 1
 
@@ -37,6 +39,11 @@ def values_schema(targets: list[str]) -> pa.Schema:
 def updates_schema(targets: list[str]) -> pa.Schema:
     fixed = [("step", pa.int32()), ("skipped", pa.bool_()), ("clip", pa.float64()), ("learning_rate", pa.float64())]
     return pa.schema(fixed + [(column, pa.float64()) for column in loss_columns(targets)])
+
+
+def audit_schema() -> pa.Schema:
+    numbers = [(name, pa.float64()) for name in ("samples", "carried", "predicted", "actual")]
+    return pa.schema([("step", pa.int32()), ("target", pa.string()), *numbers])
 
 
 def part_name(kind: str, first: int, last: int) -> str:

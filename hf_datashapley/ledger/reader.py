@@ -9,7 +9,7 @@ import pyarrow.dataset as pads
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
-from .layout import parts, read_manifest, updates_schema, value_columns, values_schema
+from .layout import audit_schema, parts, read_manifest, updates_schema, value_columns, values_schema
 
 
 def load_values(value_dir: str | Path) -> Dataset:
@@ -38,12 +38,28 @@ def load_updates(value_dir: str | Path) -> Dataset:
 
     Columns: `step` int32; `skipped` bool (no step was made, or something was not finite: the values are 0); `clip`
     float64, by which clipping scaled the gradient; `learning_rate` float64 of the first parameter group;
-    `validation_loss` float64 (or `validation_loss_<target>`), the mean token loss before the update on the rows that
-    it was scored against.
+    `validation_loss` float64 (or `validation_loss_<target>`), the mean token loss on the rows that it was scored
+    against, before the update; with order "path", the mean along the update's path.
     """
     directory = Path(value_dir)
     targets = read_manifest(directory)["targets"] or [""]
     return _as_dataset(_table(directory, "updates", updates_schema(targets)).sort_by("step"))
+
+
+def load_audit(value_dir: str | Path) -> Dataset:
+    """One row for each audited update and target, by `step`; what values say an update did, against what it did.
+
+    Columns: `step` int32; `target` string ("validation" where it has no name); in nats of the target's loss on the
+    rows that the update was scored against, positive where it fell: `samples`, the sum of the samples' values (of
+    "immediate" momentum); `carried`, what momentum and weight decay did alone; `predicted`, their sum; `actual`.
+    Updates that were skipped have no rows.
+
+    Raises:
+        FileNotFoundError: the directory holds no ledger.
+    """
+    directory = Path(value_dir)
+    read_manifest(directory)
+    return _as_dataset(_table(directory, "audit", audit_schema()).sort_by("step"))
 
 
 def _summed(directory: Path, keys: list[str]) -> Dataset:

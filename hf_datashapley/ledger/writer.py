@@ -21,7 +21,18 @@ import torch
 from transformers.utils import logging
 
 from ..values.update import UpdateValues
-from .layout import FORMAT, MANIFEST, loss_columns, part_name, parts, updates_schema, value_columns, values_schema
+from .layout import (
+    FORMAT,
+    KINDS,
+    MANIFEST,
+    audit_schema,
+    loss_columns,
+    part_name,
+    parts,
+    updates_schema,
+    value_columns,
+    values_schema,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -58,6 +69,7 @@ class Ledger:
         self._pending: list[UpdateValues] = []
         self._rows: list[pa.Table] = []
         self._updates: list[pa.Table] = []
+        self._audits: list[pa.Table] = []
         self._num_rows = 0
         self._warned = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
@@ -89,6 +101,7 @@ class Ledger:
         columns |= {name: values[:, k] for k, name in enumerate(value_columns(self.targets))}
         self._rows.append(pa.table(columns, schema=values_schema(self.targets)))
         self._updates.append(self._table_of_updates(updates, steps))
+        self._audits.append(self._table_of_audits(updates))
 
     def _table_of_updates(self, updates: list[UpdateValues], steps: np.ndarray) -> pa.Table:
         finite = torch.stack([update.finite for update in updates]).cpu().numpy()
@@ -108,6 +121,17 @@ class Ledger:
         columns |= {name: losses[:, k] for k, name in enumerate(loss_columns(self.targets))}
         return pa.table(columns, schema=updates_schema(self.targets))
 
+    def _table_of_audits(self, updates: list[UpdateValues]) -> pa.Table:
+        rows = []
+        for update in updates:
+            if update.audit is None or bool(update.skipped):
+                continue
+            numbers = torch.stack([update.audit.samples, update.audit.carried, update.audit.actual], dim=1)
+            for target, (samples, carried, actual) in zip(self.targets, numbers.double().tolist(), strict=True):
+                row = {"step": update.step, "target": target or "validation", "samples": samples, "carried": carried}
+                rows.append({**row, "predicted": samples + carried, "actual": actual})
+        return pa.Table.from_pylist(rows, schema=audit_schema())
+
     def flush(self) -> None:
         """Everything appended so far is on the disk when this returns."""
         self.collect()
@@ -123,9 +147,9 @@ class Ledger:
 
     def restart(self) -> None:
         """Forgets what this run has written: its training loop has begun again from the first update."""
-        self._pending, self._rows, self._updates, self._num_rows = [], [], [], 0
+        self._pending, self._rows, self._updates, self._audits, self._num_rows = [], [], [], [], 0
         self._wait()
-        for kind in ("values", "updates"):
+        for kind in KINDS:
             for part in parts(self.directory, kind):
                 part.unlink()
 
@@ -133,9 +157,10 @@ class Ledger:
         if not self._rows:
             return
         self._wait()
-        rows, updates = pa.concat_tables(self._rows), pa.concat_tables(self._updates)
-        self._rows, self._updates, self._num_rows = [], [], 0
-        self._writing = self._thread.submit(write_parts, self.directory, rows, updates, value_columns(self.targets))
+        rows, updates, audits = (pa.concat_tables(found) for found in (self._rows, self._updates, self._audits))
+        self._rows, self._updates, self._audits, self._num_rows = [], [], [], 0
+        floats = value_columns(self.targets)
+        self._writing = self._thread.submit(write_parts, self.directory, rows, updates, audits, floats)
 
     def _wait(self) -> None:
         if self._writing is not None:
@@ -145,15 +170,15 @@ class Ledger:
 
 def refuse_existing(directory: Path) -> None:
     """Raises `ValueError` where a ledger, or a part of one, lies already."""
-    if (directory / MANIFEST).exists() or parts(directory, "values") or parts(directory, "updates"):
+    if (directory / MANIFEST).exists() or any(parts(directory, kind) for kind in KINDS):
         raise ValueError(
             f"value_dir {directory} holds the ledger of another run, which is never overwritten: set `value_dir` (or "
             "`output_dir`) to a new folder, or move the old one away"
         )
 
 
-def write_parts(directory: Path, rows: pa.Table, updates: pa.Table, floats: list[str]) -> None:
-    """One part of values and one of updates. The updates come last: a listed update has its values."""
+def write_parts(directory: Path, rows: pa.Table, updates: pa.Table, audits: pa.Table, floats: list[str]) -> None:
+    """One part of each kind, of audits if there are any. The updates come last: a listed update has its values."""
     first, last = updates["step"][0].as_py(), updates["step"][-1].as_py()
     split = {column: "BYTE_STREAM_SPLIT" for column in floats}
     write_table(
@@ -163,6 +188,8 @@ def write_parts(directory: Path, rows: pa.Table, updates: pa.Table, floats: list
         column_encoding={"sample_id": "PLAIN", **split},
         row_group_size=131_072,
     )
+    if audits.num_rows:
+        write_table(directory / part_name("audit", first, last), audits)
     write_table(directory / part_name("updates", first, last), updates)
 
 

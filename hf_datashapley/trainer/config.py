@@ -8,11 +8,13 @@ from transformers import TrainingArguments
 
 
 CHOICES = {
-    "value_order": ("first",),
+    "value_order": ("first", "second", "path"),
     "value_unit": ("sample",),
     "value_optimizer": ("auto", "sgd"),
     "value_momentum": (None, "unrolled", "immediate"),
     "value_kernel": ("auto", "fused", "project"),
+    "path_slope": ("secant", "owen"),
+    "second_pass": ("auto", "stash", "replay"),
 }
 
 
@@ -24,12 +26,15 @@ class ShapleyConfig(TrainingArguments):
 
     Args:
         value_order: "first", the inner product of a sample's gradient with the validation gradient through the
-            optimizer's step (arXiv 2406.11011, Theorem 3).
+            optimizer's step (arXiv 2406.11011, Theorem 3): cheapest, orders samples well, does not add up. "second",
+            with the exact gradient-Hessian-gradient products of the step (Theorem 4). "path", the validation gradient
+            averaged along the step, whose values add up to what the samples did to the loss at any learning rate.
         value_unit: "sample", a row of `train_dataset`.
         value_optimizer: "auto", the optimizer that runs (SGD, Adam, AdamW); "sgd", the paper's proxy: values as if
             plain SGD with the same learning rates had trained.
         value_momentum: "unrolled", a gradient counts with the weight it will have had once momentum has played out;
-            "immediate", with what it moves in its own update. None: "unrolled".
+            "immediate", with what it moves in its own update. None: "unrolled" for order "first", "immediate" for the
+            others, whose sums are those of single updates.
         value_modules: modules whose parameters are scored, as PEFT's `target_modules`: names or name endings, or one
             regular expression. None: every parameter that trains.
         value_kernel: "fused" forms weight gradients sample by sample and needs no further matrix product; "project"
@@ -39,13 +44,23 @@ class ShapleyConfig(TrainingArguments):
         validation_batch_size: validation rows for each target at an update; None: one for every 16 training rows of
             an update, at least 1.
         validation_interval: updates between fresh validation gradients.
+            Orders "second" and "path" take a fresh one at every update.
+        path_nodes: Gauss-Legendre nodes of order "path", a validation pass each.
+        path_slope: "secant", the step that Adam makes of the whole batch, per unit of gradient; "owen", averaged over
+            coalitions of samples: right also in the first updates and for rarely touched rows, and dearer. The same
+            under SGD.
+        second_pass: how orders "second" and "path" score when the step is known: "stash" keeps every layer's inputs
+            and output gradients until then, "replay" runs the update's micro-batches again. "auto": "stash" if it
+            takes no more than half of the memory that is free at the first update.
+        audit_steps: every so many updates, measure what the update did to the validation losses, and hold the values
+            against it (`ShapleyTrainer.audit`); three forward passes of the validation rows. 0: never.
         sample_id_column: int64 column with the samples' ids; a dataset without it is numbered by row.
 
     Raises:
         ValueError: a setting has a value that is not offered.
     """
 
-    value_order: str = field(default="first", metadata={"help": "Order of the values: 'first'."})
+    value_order: str = field(default="first", metadata={"help": "Order of the values: 'first', 'second' or 'path'."})
     value_unit: str = field(default="sample", metadata={"help": "What gets a value: 'sample', a row."})
     value_optimizer: str = field(
         default="auto",
@@ -57,7 +72,7 @@ class ShapleyConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "'unrolled': a gradient's weight once momentum has played out; 'immediate': its weight in its own "
-            "update. Default: 'unrolled'."
+            "update. Default: 'unrolled' for order 'first', else 'immediate'."
         },
     )
     value_modules: list[str] | str | None = field(
@@ -79,6 +94,20 @@ class ShapleyConfig(TrainingArguments):
         metadata={"help": "Validation rows of each target at an update. Default: one for every 16 training rows."},
     )
     validation_interval: int = field(default=1, metadata={"help": "Updates between fresh validation gradients."})
+    path_nodes: int = field(
+        default=1, metadata={"help": "Gauss-Legendre nodes of order 'path', a validation pass each."}
+    )
+    path_slope: str = field(
+        default="secant",
+        metadata={"help": "Adam's step per unit of gradient: 'secant' or 'owen' (smoothed; dearer)."},
+    )
+    second_pass: str = field(
+        default="auto",
+        metadata={"help": "Orders 'second' and 'path' score from what they kept ('stash') or from a 'replay'."},
+    )
+    audit_steps: int = field(
+        default=0, metadata={"help": "Hold the values against the change of the loss every so many updates; 0: never."}
+    )
     sample_id_column: str = field(
         default="sample_id", metadata={"help": "Integer column with the samples' ids; without it, rows are numbered."}
     )
@@ -92,3 +121,17 @@ class ShapleyConfig(TrainingArguments):
             raise ValueError(f"validation_batch_size={self.validation_batch_size}: give at least 1 row, or None")
         if self.validation_interval < 1:
             raise ValueError(f"validation_interval={self.validation_interval}: give at least 1 update")
+        if self.path_nodes < 1:
+            raise ValueError(f"path_nodes={self.path_nodes}: give at least 1 node")
+        if self.audit_steps < 0:
+            raise ValueError(f"audit_steps={self.audit_steps}: give a number of updates, or 0 for no audit")
+        if self.value_order != "first" and self.validation_interval > 1:
+            raise ValueError(
+                f"value_order={self.value_order!r} follows the step of every update: set validation_interval=1, or "
+                "value_order='first'"
+            )
+        if self.value_order == "path" and self.path_slope == "owen" and self.value_modules is not None:
+            raise ValueError(
+                "path_slope='owen' shares out the whole change of the loss, so every parameter that trains is scored: "
+                "set value_modules=None, freeze the others, or set path_slope='secant'"
+            )

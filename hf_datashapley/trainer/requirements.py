@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import DataCollatorWithFlattening, Trainer
 
-from ..directions.optimizer import check_groups, check_optimizer_class
+from ..directions.optimizers import check_groups, check_optimizer_class
 from .config import ShapleyConfig
 
 

@@ -18,6 +18,8 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
+from ..random_state import random_state_kept
+
 
 # A key of the batch that no model argument and no column is called.
 BATCH_KEY = "_datashapley_sample_id"
@@ -103,11 +105,12 @@ def read_sample_ids(dataset: Any, column: str, progress: bool) -> np.ndarray | N
         ids = found.to_pylist()
     else:
         # A list is looked through; a dataset that computes its rows has the column in its first one or not at all.
-        looked_at = dataset if isinstance(dataset, list | tuple) else [dataset[0]]
-        if not any(isinstance(row, Mapping) and column in row for row in looked_at):
-            return None
-        rows = tqdm(range(len(dataset)), f"reading {column}", disable=not progress, leave=False)
-        ids = [dataset[i].get(column) for i in rows]
+        with random_state_kept():
+            looked_at = dataset if isinstance(dataset, list | tuple) else [dataset[0]]
+            if not any(isinstance(row, Mapping) and column in row for row in looked_at):
+                return None
+            rows = tqdm(range(len(dataset)), f"reading {column}", disable=not progress, leave=False)
+            ids = [dataset[i].get(column) for i in rows]
     refuse("is null", [value is None for value in ids], ids, column)
     refuse("is not an integer", [type(value) is bool or not isinstance(value, Integral) for value in ids], ids, column)
     return checked_ids(np.array([int(value) for value in ids], dtype=object), column)

@@ -1,11 +1,14 @@
 """`ShapleyTrainer`: the seams between `transformers.Trainer` and the floors below.
 
-What happens at an update, order "first":
+What happens at an update:
 
-    first micro-batch    validation gradient at the present weights -> directions u = -S_0 * grad l_v
-    each micro-batch     Trainer's own forward and backward, under capture: every sample's <g_i, u>
+    first micro-batch    order "first": validation gradient at the present weights -> directions u
+    each micro-batch     Trainer's own forward and backward, under capture: every sample's <g_i, u>, or what it takes
+                         to score it later (`passes`)
     clipping             the factor c
-    after the step       values c <g_i, u>, skipped or not -> ledger
+    optimizer.step       just before it, orders "second" and "path": directions from the step that is about to be made,
+                         then the scores; audit: losses at w_t and w(0)
+    after the step       values c <g_i, u>, skipped or not -> ledger; audit: loss at w_{t+1}
 
 Nothing of this touches what `Trainer` computes; the private methods that are overridden stand together at the end of
 the class, and `tests/test_parity.py` notices when one of them changes.
@@ -24,28 +27,38 @@ import torch
 import transformers
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import __version__
-from ..directions.optimizer import FirstOrder, Momentum
-from ..directions.validation import Batch, Validation, ValidationTarget
+from ..directions.first_order import FirstOrder
+from ..directions.optimizers import Momentum
+from ..directions.owen import OwenOrder
+from ..directions.path import NodeWeights, PathOrder
+from ..directions.second_order import SecondOrder
+from ..directions.update_rule import UpdateRule
+from ..directions.validation import Batch, Validation
+from ..directions.weights import weights_at
 from ..ghost.capture import Capture, Kernel
-from ..ledger import Ledger, load_value_history, load_values
+from ..ledger import Ledger, load_audit, load_value_history, load_values
 from ..ledger.writer import refuse_existing
 from ..loss_tokens import count_loss_tokens, shifts_labels
 from ..values.additivity import check_shares
 from ..values.statistics import LogStatistics
-from ..values.update import Update
+from ..values.update import Update, UpdateAudit
 from . import requirements
 from .config import ShapleyConfig
-from .samples import BATCH_KEY, IdentifiedRows, IdentifyingCollator, WithoutColumn, read_sample_ids
+from .passes import MicroBatch, OnePass, Pass, SecondPass, TwoPass
+from .samples import BATCH_KEY, IdentifiedRows, IdentifyingCollator, read_sample_ids
+from .targets import read_targets
 
 
 class ShapleyTrainer(Trainer):
     """A `Trainer` that gives every training sample its In-Run Data Shapley value.
 
     A value is the part of the fall of the validation loss, in nats per token, that a sample's gradients brought about
-    through the steps of the optimizer, to first order; positive helped. Values add up over updates, samples, groups.
+    through the steps of the optimizer (`ShapleyConfig.value_order`: to first order, to second, or along each step's
+    path); positive helped. Values add up over updates, samples, groups.
     Training itself is that of `Trainer`: the same batches, losses and weights (see `ShapleyConfig.value_kernel`).
 
     Wang, Mittal, Song, Jia: "Data Shapley in One Training Run", ICLR 2025, arXiv 2406.11011.
@@ -88,9 +101,16 @@ class ShapleyTrainer(Trainer):
         refuse_existing(Path(self.value_dir))
         self._make_capture()
         self._sample_ids = read_sample_ids(self.train_dataset, args.sample_id_column, progress=self._shows_progress)
-        self._targets = self._read_targets(validation_dataset)
+        self._targets = read_targets(
+            validation_dataset,
+            lambda dataset: self._rows_and_collator(dataset, "validation"),
+            args.sample_id_column,
+            shifts_labels(self.model),
+            self._shows_progress,
+        )
         self._validation = self._make_validation()
         self._ledger: Ledger | None = None
+        self._step_hook: RemovableHandle | None = None
         # First of all: when the user's callbacks look at the values, the update they follow is among them.
         self.callback_handler.callbacks.insert(0, UpdateBoundaries(self))
 
@@ -118,48 +138,71 @@ class ShapleyTrainer(Trainer):
         """
         return self._validation.rows_of(step)
 
+    def audit(self) -> datasets.Dataset:
+        """One row for each audited update and target, see `load_audit`."""
+        self._flush()
+        return load_audit(self.value_dir)
+
     # A run
 
     def _begin_run(self) -> None:
         """The optimizer exists and the batch size is settled; also called when the loop is entered again."""
         assert self._ledger is not None
+        self._end_run()
         self._ledger.restart()
         self._validation = self._make_validation()
         optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
-        self._first_order: FirstOrder | None = FirstOrder(
-            optimizer,
-            self._capture.parameters,
-            cast(Literal["auto", "sgd"], self.args.value_optimizer),
-            cast(Momentum, self.args.value_momentum or "unrolled"),
-        )
+        self._rule: UpdateRule | None = UpdateRule(optimizer, self._proxy)
+        self._pass: Pass | None = self._make_pass(optimizer, self._rule)
+        # Not a callback: those of the user may still change the gradient, and a step may not come about.
+        self._step_hook = optimizer.register_step_pre_hook(lambda *_: self._before_step())
         self._statistics = LogStatistics([target.name for target in self._targets])
         self._update: Update | None = None
-        self._gradients: dict[str, Tensor] | None = None
-        self._directions: dict[str, Tensor] = {}
+        self._audit_losses: tuple[Tensor, Tensor, Tensor] | None = None
         self._shares_checked = False
 
     def _begin_update(self) -> Update:
-        step = self.state.global_step + 1
-        if self._gradients is None or self._validation.fresh(step):
-            self._gradients = None
-            self._gradients, self._losses = self._validation.gradients(self.model, self._capture.parameters, step)
-        assert self._first_order is not None
-        self._directions = self._first_order.directions(self._gradients)
-        if self.args.validation_interval == 1:
-            self._gradients = None  # not needed again
-        return Update(self._losses, learning_rate=float(self.optimizer.param_groups[0]["lr"]))
+        update = Update(len(self._targets), learning_rate=float(self.optimizer.param_groups[0]["lr"]))
+        assert self._pass is not None
+        self._pass.begin(self.model, update, self.state.global_step + 1)
+        return update
+
+    def _before_step(self) -> None:
+        update, step = self._update, self.state.global_step + 1
+        assert update is not None and self._pass is not None and self._rule is not None
+        directions = self._pass.before_step(self.model, update, step)
+        if not self._shares_checked:
+            values = torch.cat(update.scores) if update.clip is None else torch.cat(update.scores) * update.clip
+            self._shares_checked = check_shares(values, self._capture.parameters, directions)
+        if self.args.audit_steps and step % self.args.audit_steps == 0:
+            before = self._validation.losses(self.model, step)
+            weights = NodeWeights().of(self._rule.moving)
+            self._rule.path_weights(0.0, weights)
+            with weights_at(weights):
+                carried = self._validation.losses(self.model, step)
+            if self._momentum == "immediate":
+                samples = update.values().sum(0)
+            else:
+                samples = self._rule.immediate_sum(directions, self._capture.parameters, self._momentum)
+            self._audit_losses = samples, before, carried
 
     def _end_update(self) -> None:
-        assert self._update is not None and self._ledger is not None
-        update = self._update.finish(self.state.global_step, self.accelerator.optimizer_step_was_skipped)
-        self._update = None
-        self._ledger.append(update)
-        self._statistics.add(update)
+        update, step = self._update, self.state.global_step
+        assert update is not None and self._ledger is not None
+        audit = None
+        if self._audit_losses is not None:
+            samples, before, carried = self._audit_losses
+            audit = UpdateAudit(samples, before - carried, before - self._validation.losses(self.model, step))
+        finished = update.finish(step, self.accelerator.optimizer_step_was_skipped, audit)
+        self._update = self._audit_losses = None
+        self._ledger.append(finished)
+        self._statistics.add(finished)
 
     def _end_run(self) -> None:
         """Lets go of everything as large as the model."""
-        self._update = self._gradients = self._first_order = None
-        self._directions = {}
+        if self._step_hook is not None:
+            self._step_hook.remove()
+        self._update = self._pass = self._rule = self._step_hook = None
 
     # Parts
 
@@ -177,23 +220,27 @@ class ShapleyTrainer(Trainer):
             return self._remove_unused_columns(dataset, description), self.data_collator
         return dataset, self._get_collator_with_removed_columns(self.data_collator, description)
 
-    def _read_targets(self, validation_dataset: Any) -> list[ValidationTarget]:
-        if validation_dataset is None or (isinstance(validation_dataset, dict) and not validation_dataset):
-            raise ValueError(
-                "validation_dataset is missing: name the rows whose loss is to be explained, or a dict of them by name"
-            )
-        named = validation_dataset if isinstance(validation_dataset, dict) else {"": validation_dataset}
-        targets = []
-        for name, dataset in named.items():
-            if not isinstance(name, str) or (isinstance(validation_dataset, dict) and not name):
-                raise ValueError(f"validation_dataset: {name!r} names a target; give each a name of its own, a string")
-            requirements.check_rows(dataset, f"validation_dataset[{name!r}]" if name else "validation_dataset")
-            if len(dataset) == 0:
-                raise ValueError(f"validation_dataset{f'[{name!r}]' if name else ''} is empty: give it a row at least")
-            rows, collate = self._rows_and_collator(dataset, "validation")
-            collate = WithoutColumn(collate, self.args.sample_id_column)
-            targets.append(ValidationTarget.of(name, rows, collate, shifts_labels(self.model), self._shows_progress))
-        return targets
+    @property
+    def _proxy(self) -> Literal["auto", "sgd"]:
+        return cast(Literal["auto", "sgd"], self.args.value_optimizer)
+
+    @property
+    def _momentum(self) -> Momentum:
+        default = "unrolled" if self.args.value_order == "first" else "immediate"
+        return cast(Momentum, self.args.value_momentum or default)
+
+    def _make_pass(self, optimizer: torch.optim.Optimizer, rule: UpdateRule) -> Pass:
+        args, scored, momentum = self.args, self._capture.parameters, self._momentum
+        if args.value_order == "first":
+            return OnePass(self._capture, self._validation, FirstOrder(optimizer, scored, self._proxy, momentum))
+        order: SecondOrder | PathOrder | OwenOrder
+        if args.value_order == "second":
+            order = SecondOrder(rule, scored, momentum)
+        elif args.path_slope == "owen" and not rule.is_linear:
+            order = OwenOrder(rule, scored, args.path_nodes, momentum)
+        else:
+            order = PathOrder(rule, scored, args.path_nodes, momentum)
+        return TwoPass(self._capture, self._validation, order, cast(SecondPass, args.second_pass))
 
     def _make_validation(self) -> Validation:
         rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -231,7 +278,12 @@ class ShapleyTrainer(Trainer):
                 "scored_parameters": sum(parameter.numel() for parameter in self._capture.parameters.values()),
                 "value_order": args.value_order,
                 "value_optimizer": args.value_optimizer,
-                "value_momentum": args.value_momentum or "unrolled",
+                "value_momentum": self._momentum,
+                **(
+                    {}
+                    if args.value_order != "path"
+                    else {"path_nodes": args.path_nodes, "path_slope": args.path_slope}
+                ),
                 "value_modules": args.value_modules,
                 "value_kernel": args.value_kernel,
                 "validation_rows": {
@@ -239,6 +291,7 @@ class ShapleyTrainer(Trainer):
                     for target in self._targets
                 },
                 "validation_interval": args.validation_interval,
+                "audit_steps": args.audit_steps,
                 "seed": args.seed,
                 "hf_datashapley": __version__,
                 "transformers": transformers.__version__,
@@ -288,13 +341,17 @@ class ShapleyTrainer(Trainer):
             tokens = count_loss_tokens(inputs["labels"], shifts_labels(self.model))
         else:
             tokens = torch.ones_like(sample_ids)
-        with self._capture.scoring(self._directions, len(sample_ids)) as tap:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        # No gradient where the loss reaches none of the scored layers.
-        scores = torch.zeros_like(tap) if tap.grad is None else tap.grad
-        self._update.add(sample_ids, tokens, scores, loss)
-        if not self._shares_checked and self.accelerator.sync_gradients:
-            self._shares_checked = check_shares(self._update.scores(), self._capture.parameters, self._directions)
+        assert self._pass is not None
+        run = super().training_step
+        micro_batch = MicroBatch(
+            samples=len(sample_ids),
+            positions=inputs["input_ids"].shape[1] if "input_ids" in inputs else 1,
+            micro_batches=self.current_gradient_accumulation_steps,
+            # Trainer takes some of the inputs out of their dict.
+            run=lambda: run(model, {**inputs}, num_items_in_batch),
+        )
+        loss = self._pass.micro_batch(self._update, micro_batch)
+        self._update.add(sample_ids, tokens, loss)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

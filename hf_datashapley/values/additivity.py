@@ -13,26 +13,26 @@ from torch import Tensor, nn
 TOLERANCE = 1e-3
 
 
-def check_shares(scores: Tensor, parameters: dict[str, nn.Parameter], directions: dict[str, Tensor]) -> bool:
-    """Holds the sum over samples of <g_i, u_k> against <G, u_k>, with the unclipped gradient G in `.grad`.
+def check_shares(values: Tensor, parameters: dict[str, nn.Parameter], directions: dict[str, Tensor]) -> bool:
+    """Holds the sum over samples of <c g_i, u_k> against <c G, u_k>, with c G in `.grad`.
 
-    `scores` [N, K] of a whole update. Returns whether there was anything to compare (the directions may be zero);
+    `values` [N, K] of a whole update. Returns whether there was anything to compare (the directions may be zero);
     waits for the device.
 
     Raises:
         RuntimeError: the two differ by more than rounding.
     """
-    expected = torch.zeros_like(scores[0])
+    expected = torch.zeros_like(values[0])
     for name, direction in directions.items():
         gradient = parameters[name].grad
         if gradient is not None:
             expected += direction.flatten(1) @ gradient.flatten()
-    scale = torch.maximum(scores.abs().sum(0), expected.abs())
-    error = (scores.sum(0) - expected).abs()
+    scale = torch.maximum(values.abs().sum(0), expected.abs())
+    error = (values.sum(0) - expected).abs()
     # A loss that is not finite compares false: it is the ledger's business, not this check's.
     if bool((error > TOLERANCE * scale).any()):
         raise RuntimeError(
-            f"The samples' shares add up to {scores.sum(0).tolist()}, the gradient gives {expected.tolist()} along "
+            f"The samples' shares add up to {values.sum(0).tolist()}, the gradient gives {expected.tolist()} along "
             "the same directions: the model uses a scored parameter outside of its layer's forward (a fused loss, or "
             "F.linear(x, layer.weight) elsewhere), or its gradient is changed by a hook. Score other modules with "
             "`value_modules`, or turn the fused path off."

@@ -17,6 +17,7 @@ class LogStatistics:
     def __init__(self, targets: list[str]):
         self.targets = targets
         self._sums: Tensor | None = None
+        self._audits: list[Tensor] = []
 
     def add(self, update: UpdateValues) -> None:
         values = update.values.double()
@@ -26,13 +27,20 @@ class LogStatistics:
         sums = torch.cat([sums, torch.ones_like(losses).unsqueeze(0), losses.unsqueeze(0)])
         sums = sums.masked_fill(update.skipped, 0.0)
         self._sums = sums if self._sums is None else self._sums + sums
+        if update.audit is not None:
+            audit = torch.stack([update.audit.samples, update.audit.carried, update.audit.actual]).double()
+            self._audits.append(audit.masked_fill(update.skipped, torch.nan))
 
     def drain(self) -> dict[str, float]:
-        """The log's scalars, `shapley/mean` or `shapley/<target>/mean` and so on; waits for the device."""
+        """The log's scalars, `shapley/mean` or `shapley/<target>/mean` and so on; waits for the device.
+
+        Those of the audit are means over the updates that were audited."""
         if self._sums is None:
             return {}
         count, total, squares, negative, updates, losses = self._sums.tolist()
         self._sums = None
+        audits = torch.stack(self._audits).nanmean(0).tolist() if self._audits else []
+        self._audits = []
         scalars = {}
         for k, target in enumerate(self.targets):
             if not count[k]:
@@ -43,4 +51,10 @@ class LogStatistics:
             scalars[f"{prefix}std"] = max(squares[k] / count[k] - mean**2, 0.0) ** 0.5
             scalars[f"{prefix}negative_share"] = negative[k] / count[k]
             scalars[f"{prefix}validation_loss"] = losses[k] / updates[k]
+            if audits:
+                samples, carried, actual = (row[k] for row in audits)
+                scalars[f"{prefix}audit_samples"] = samples
+                scalars[f"{prefix}audit_carried"] = carried
+                scalars[f"{prefix}audit_predicted"] = samples + carried
+                scalars[f"{prefix}audit_actual"] = actual
         return scalars

@@ -14,6 +14,21 @@ from torch import Tensor
 
 
 @dataclass
+class UpdateAudit:
+    """What values account for at one update, against what happened, in nats of the targets' losses; each [K].
+
+    Attributes:
+        samples: sum of the samples' values, of "immediate" momentum.
+        carried: l_v(w_t) - l_v(w(0)), what momentum and weight decay did alone.
+        actual: l_v(w_t) - l_v(w_{t+1}).
+    """
+
+    samples: Tensor
+    carried: Tensor
+    actual: Tensor
+
+
+@dataclass
 class UpdateValues:
     """One finished update.
 
@@ -22,11 +37,13 @@ class UpdateValues:
         sample_ids: int64 [N], as visited (a sample visited twice stands twice).
         tokens: int64 [N], loss tokens.
         values: [N, K], nats of validation loss; all 0 where `skipped`.
-        validation_losses: [K], before the update, on the rows that were used.
+        validation_losses: [K], before the update (order "path": mean along its path), on the rows that were used;
+            NaN where they were not needed, because no step was made.
         clip: 0-dimensional, the factor by which clipping scaled the gradient.
         learning_rate: of the first parameter group.
         skipped: 0-dimensional bool; the optimizer made no step, or the loss or a value was not finite.
         finite: 0-dimensional bool; losses and values were all finite.
+        audit: of an audited update; it means nothing where `skipped`.
     """
 
     step: int
@@ -38,44 +55,66 @@ class UpdateValues:
     learning_rate: float
     skipped: Tensor
     finite: Tensor
+    audit: UpdateAudit | None = None
 
 
 class Update:
-    """An update in the making: micro-batches are added, then `finish` makes values of their scores."""
+    """An update in the making: micro-batches and scores are added, then `finish` makes values of them.
 
-    def __init__(self, validation_losses: Tensor, learning_rate: float):
-        self.validation_losses = validation_losses
+    Scores, <sample's share of the unclipped gradient, u>, are [B, K] for each micro-batch, in order; an update that
+    ends without them has value 0.
+    """
+
+    def __init__(self, targets: int, learning_rate: float):
+        self.targets = targets
         self.learning_rate = learning_rate
-        self.clip = torch.ones_like(validation_losses[0])
+        self.validation_losses: Tensor | None = None
+        self.clip: Tensor | None = None
+        # Nats, [K], that the samples share by their loss tokens (order "path", smoothed slope).
+        self.shared: Tensor | None = None
         self._sample_ids: list[Tensor] = []
         self._tokens: list[Tensor] = []
-        self._scores: list[Tensor] = []
-        self._losses: list[Tensor] = [validation_losses.sum()]
+        self._losses: list[Tensor] = []
+        self.scores: list[Tensor] = []
 
-    def add(self, sample_ids: Tensor, tokens: Tensor, scores: Tensor, loss: Tensor) -> None:
-        """A micro-batch: int64 [B], int64 [B], <sample's share of the unclipped gradient, u> [B, K], training loss."""
+    def add(self, sample_ids: Tensor, tokens: Tensor, loss: Tensor) -> None:
+        """A micro-batch: int64 [B], int64 [B], its training loss."""
         self._sample_ids.append(sample_ids)
         self._tokens.append(tokens)
-        self._scores.append(scores)
         self._losses.append(loss.detach())
 
-    def scores(self) -> Tensor:
-        """What has been added so far, [N, K]."""
-        return torch.cat(self._scores)
+    @property
+    def num_samples(self) -> int:
+        return sum(len(ids) for ids in self._sample_ids)
 
-    def finish(self, step: int, optimizer_skipped: bool) -> UpdateValues:
-        values = self.scores() * self.clip
+    def values(self) -> Tensor:
+        """As far as scores have been added: [N, K]."""
+        if not self.scores:
+            return self._losses[0].new_zeros(self.num_samples, self.targets)
+        values = torch.cat(self.scores)
+        if self.clip is not None:
+            values = values * self.clip
+        if self.shared is not None:
+            tokens = torch.cat(self._tokens).to(values.dtype)
+            values = values + (tokens / tokens.sum()).unsqueeze(1) * self.shared
+        return values
+
+    def finish(self, step: int, optimizer_skipped: bool, audit: UpdateAudit | None = None) -> UpdateValues:
+        values = self.values()
+        losses = self.validation_losses
+        checked = self._losses if losses is None else [*self._losses, losses.sum()]
         # As the ledger will hold them: a float64 run can have values beyond float32.
-        finite = torch.stack([loss.isfinite() for loss in self._losses]).all() & values.float().isfinite().all()
+        finite = torch.stack([loss.isfinite() for loss in checked]).all() & values.float().isfinite().all()
         skipped = ~finite | optimizer_skipped
         return UpdateValues(
             step=step,
             sample_ids=torch.cat(self._sample_ids),
             tokens=torch.cat(self._tokens),
             values=values.masked_fill(skipped, 0.0),
-            validation_losses=self.validation_losses,
-            clip=self.clip,
+            validation_losses=values.new_full((self.targets,), torch.nan) if losses is None else losses,
+            clip=torch.ones_like(self._losses[0]) if self.clip is None else self.clip,
             learning_rate=self.learning_rate,
             skipped=skipped,
             finite=finite,
+            audit=audit,
         )

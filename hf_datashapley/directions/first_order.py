@@ -26,34 +26,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Optimizer
 
-
-Momentum = Literal["unrolled", "immediate"]
-KNOWN = (SGD, Adam, AdamW)
-BLOCK = 262_144
-
-
-def check_optimizer_class(optimizer_class: type) -> None:
-    """Raises `ValueError` for an optimizer whose step is not known here."""
-    if optimizer_class not in KNOWN:
-        raise ValueError(
-            f"value_optimizer='auto' knows torch's SGD, Adam and AdamW, not {optimizer_class.__name__}; choose one of "
-            "them with `optim`, or value_optimizer='sgd' to value the run as if plain SGD had trained it"
-        )
-
-
-def check_groups(optimizer: Optimizer) -> None:
-    """Raises `ValueError` for settings of a known optimizer under which its step is another one."""
-    for group in optimizer.param_groups:
-        for setting in ("maximize", "amsgrad"):
-            if group.get(setting, False):
-                raise ValueError(
-                    f"{type(optimizer).__name__}({setting}=True) is not supported by value_optimizer='auto': "
-                    f"set {setting}=False, or value_optimizer='sgd'"
-                )
-        if group.get("momentum", 0) >= 1:
-            raise ValueError("SGD with momentum >= 1 never forgets a gradient: set momentum < 1")
+from .optimizers import Momentum, check_groups, check_optimizer_class, row_blocks, taken_up
 
 
 class FirstOrder:
@@ -112,10 +87,9 @@ def sgd_factor(group: dict[str, Any], state: dict[str, Any], momentum: Momentum)
     lr, mu = group["lr"], group["momentum"]
     if mu == 0:
         return lr
-    taken_up = 1.0 if state.get("momentum_buffer") is None else 1 - group["dampening"]
     if momentum == "unrolled":
-        return lr * taken_up / (1 - mu)
-    return lr * (1 + mu) if group["nesterov"] else lr * taken_up
+        return lr * taken_up(group, state) / (1 - mu)
+    return lr * (1 + mu) if group["nesterov"] else lr * taken_up(group, state)
 
 
 def scale_by_adam(
@@ -147,10 +121,3 @@ def scale_by_adam(
         # Where v is 0 the denominator is infinite: no first-order value there (a mask would cost twice the time).
         denominator = F.threshold(v.sqrt(), 0.0, math.inf, inplace=True).add_(offset)
         torch.mul(g, factor, out=u).div_(denominator)
-
-
-def row_blocks(x: Tensor, dim: int) -> tuple[Tensor, ...]:
-    """Views of a tensor, cut along a dimension into pieces of about `BLOCK` elements of what follows."""
-    if x.ndim == dim:
-        return (x,)
-    return x.split(max(1, BLOCK // max(1, x[(0,) * (dim + 1)].numel())), dim)

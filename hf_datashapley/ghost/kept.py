@@ -1,0 +1,107 @@
+"""What a backward pass leaves behind when its samples are to be scored later, against directions not yet known.
+
+A linear layer of the "fused" kernel keeps its samples' own weight gradients where they take no more room than its
+inputs and output gradients (from which they would have to be formed again); everything else keeps the latter.
+
+Shapes: B samples, K directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .kernels import sample_weight_gradients
+from .rules import EmbeddingRule, LayerRule, LinearRule, positions
+
+
+@dataclass
+class KeptInputs:
+    """One use of a layer: its input and output gradient. `parameters`: the layer's name -> the model's name."""
+
+    parameters: dict[str, str]
+    rule: LayerRule
+    x: Tensor
+    b: Tensor
+
+    def scores(self, directions: dict[str, Tensor]) -> Tensor:
+        own = {local: directions[name] for local, name in self.parameters.items()}
+        if isinstance(self.rule, LinearRule) and "weight" in own:
+            # Forming the gradients takes no more products than the rule's way, and no more for further directions.
+            left, right = (self.x, self.b) if self.rule.transposed else (self.b, self.x)
+            _, scores = sample_weight_gradients(positions(left), positions(right), own["weight"])
+            if "bias" in own:
+                scores += positions(self.b).sum(1) @ own["bias"].T
+            return scores
+        return self.rule.scores(self.x, self.b, own)
+
+    def gradient(self, local: str, i: int) -> Tensor:
+        return self.rule.gradient(local, self.x[i : i + 1], self.b[i : i + 1])
+
+
+@dataclass
+class KeptGradients:
+    """One use of a linear layer: its samples' gradients by the layer's names, each [B, *shape]."""
+
+    parameters: dict[str, str]
+    gradients: dict[str, Tensor]
+
+    def scores(self, directions: dict[str, Tensor]) -> Tensor:
+        some = next(iter(self.gradients.values()))
+        scores = some.new_zeros(some.shape[0], next(iter(directions.values())).shape[0])
+        for local, gradients in self.gradients.items():
+            scores += gradients.flatten(1) @ directions[self.parameters[local]].flatten(1).T
+        return scores
+
+    def gradient(self, local: str, i: int) -> Tensor:
+        return self.gradients[local][i]
+
+
+class Kept:
+    """All uses of all captured layers in one backward pass of B samples."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self._uses: list[KeptInputs | KeptGradients] = []
+
+    def add_inputs(self, parameters: dict[str, str], rule: LayerRule, x: Tensor, b: Tensor) -> None:
+        # Detached, or the input would hold on to the whole graph before it.
+        self._uses.append(KeptInputs(parameters, rule, x.detach(), b))
+
+    def add_gradients(self, parameters: dict[str, str], weight: Tensor, bias: Tensor | None) -> None:
+        gradients = {"weight": weight}
+        if bias is not None and "bias" in parameters:
+            gradients["bias"] = bias
+        self._uses.append(KeptGradients(parameters, gradients))
+
+    @torch.no_grad()
+    def scores(self, directions: dict[str, Tensor]) -> Tensor:
+        """<sample's share of the gradient, direction>, [B, K]; directions [K, *shape] by name."""
+        some = next(iter(directions.values()))
+        scores = some.new_zeros(self.batch_size, some.shape[0])
+        for use in self._uses:
+            scores += use.scores(directions)
+        return scores
+
+    @torch.no_grad()
+    def add_squares(self, squares: dict[str, Tensor]) -> None:
+        """Adds sum_i g_i^2 to `squares`, elementwise, [*shape] by name; a tied parameter's g_i is that of all uses."""
+        uses: dict[str, list[tuple[KeptInputs | KeptGradients, str]]] = {}
+        for use in self._uses:
+            for local, name in use.parameters.items():
+                uses.setdefault(name, []).append((use, local))
+        for name, found in uses.items():
+            total = squares[name]
+            (use, local), *others = found
+            if not others and isinstance(use, KeptInputs) and isinstance(use.rule, EmbeddingRule):
+                for i in range(self.batch_size):
+                    rows, sums = use.rule.rows(use.x[i], use.b[i])
+                    total.index_add_(0, rows, sums.square_())
+                continue
+            for i in range(self.batch_size):
+                gradient = use.gradient(local, i)
+                for other, other_local in others:
+                    gradient = gradient + other.gradient(other_local, i)
+                total.addcmul_(gradient, gradient)

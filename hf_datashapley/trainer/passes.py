@@ -1,0 +1,196 @@
+"""How an update gets its scores: in its own backward passes, or when the step that it is about to make is known.
+
+`OnePass` (order "first") knows its directions before the update and scores inside the backward pass. `TwoPass` (orders
+"second" and "path") needs the whole batch's gradient first, and then the samples' inputs and output gradients again:
+
+    stash     kept from the backward passes until the optimizer is about to step; memory for a whole update
+    replay    every micro-batch runs forward and backward once more, with the same random state
+
+Both are asked in the same order: `begin` before the first micro-batch, `micro_batch` for each, `before_step` when the
+optimizer is about to step, with the clipped gradient in `.grad` and the weights still old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..directions.first_order import FirstOrder
+from ..directions.owen import OwenOrder
+from ..directions.path import PathOrder
+from ..directions.second_order import SecondOrder
+from ..directions.validation import Validation
+from ..ghost.capture import Capture
+from ..ghost.kept import Kept
+from ..random_state import RandomState, random_state_kept
+from ..values.update import Update
+
+
+logger = logging.get_logger(__name__)
+
+SecondPass = Literal["auto", "stash", "replay"]
+# Of the memory that is free when the first update begins.
+STASH_SHARE = 0.5
+
+
+@dataclass
+class MicroBatch:
+    """What a pass is told of a micro-batch; `run` makes Trainer's own forward and backward pass of it."""
+
+    samples: int
+    positions: int
+    micro_batches: int  # in the whole update
+    run: Callable[[], Tensor]
+
+
+class Pass(Protocol):
+    def begin(self, model: nn.Module, update: Update, step: int) -> None: ...
+
+    def micro_batch(self, update: Update, micro_batch: MicroBatch) -> Tensor:
+        """Runs it and gives its loss."""
+
+    def before_step(self, model: nn.Module, update: Update, step: int) -> dict[str, Tensor]:
+        """After it the update has all its scores; gives the directions, [K, *shape] by name."""
+
+
+class OnePass:
+    """Order "first"."""
+
+    def __init__(self, capture: Capture, validation: Validation, order: FirstOrder):
+        self.capture = capture
+        self.validation = validation
+        self.order = order
+        self._gradients: dict[str, Tensor] | None = None
+        self._directions: dict[str, Tensor] = {}
+
+    def begin(self, model: nn.Module, update: Update, step: int) -> None:
+        if self._gradients is None or self.validation.fresh(step):
+            self._gradients = None
+            self._gradients, self._losses = self.validation.gradients(model, self.capture.parameters, step)
+        self._directions = self.order.directions(self._gradients)
+        update.validation_losses = self._losses
+        if self.validation.interval == 1:
+            self._gradients = None  # not needed again
+
+    def micro_batch(self, update: Update, micro_batch: MicroBatch) -> Tensor:
+        loss, scores = scored(self.capture, self._directions, micro_batch)
+        update.scores.append(scores)
+        return loss
+
+    def before_step(self, model: nn.Module, update: Update, step: int) -> dict[str, Tensor]:
+        return self._directions
+
+
+class TwoPass:
+    """Orders "second" and "path"."""
+
+    def __init__(
+        self,
+        capture: Capture,
+        validation: Validation,
+        order: SecondOrder | PathOrder | OwenOrder,
+        second_pass: SecondPass,
+    ):
+        self.capture = capture
+        self.validation = validation
+        self.order = order
+        self.second_pass = second_pass
+        self._kept: list[Kept] = []
+        self._replays: list[tuple[RandomState, MicroBatch]] = []
+        self._squares: dict[str, Tensor] = {}
+
+    def begin(self, model: nn.Module, update: Update, step: int) -> None:
+        self._kept, self._replays = [], []
+        if isinstance(self.order, OwenOrder):
+            if not self._squares:
+                self._squares = {name: torch.empty_like(p.data) for name, p in self.capture.parameters.items()}
+            for squares in self._squares.values():
+                squares.zero_()
+
+    def micro_batch(self, update: Update, micro_batch: MicroBatch) -> Tensor:
+        if self.second_pass == "auto":
+            self.second_pass = self._choose(micro_batch)
+        stash = self.second_pass == "stash"
+        if not stash:
+            self._replays.append((RandomState(), micro_batch))
+            if not isinstance(self.order, OwenOrder):
+                return micro_batch.run()
+        with self.capture.keeping(micro_batch.samples) as kept:
+            loss = micro_batch.run()
+        if isinstance(self.order, OwenOrder):
+            kept.add_squares(self._squares)
+        if stash:
+            self._kept.append(kept)
+        return loss
+
+    def before_step(self, model: nn.Module, update: Update, step: int) -> dict[str, Tensor]:
+        order = self.order
+        if isinstance(order, OwenOrder):
+            for squares in self._squares.values():
+                if update.clip is not None:
+                    squares.mul_(update.clip.square())
+            directions, losses = order.directions(model, self.validation, step, self._squares, update.num_samples)
+        else:
+            directions, losses = order.directions(model, self.validation, step)
+        update.validation_losses = losses
+        for kept in self._kept:
+            update.scores.append(kept.scores(directions))
+        if self._replays:
+            with random_state_kept(), gradients_aside(model):
+                for state, micro_batch in self._replays:
+                    state.restore()
+                    update.scores.append(scored(self.capture, directions, micro_batch)[1])
+        self._kept, self._replays = [], []
+        if isinstance(order, OwenOrder):
+            before, after = order.path_ends(model, self.validation, step)
+            update.shared = before - after - update.values().sum(0)
+        return directions
+
+    def _choose(self, micro_batch: MicroBatch) -> Literal["stash", "replay"]:
+        """ "stash" where it takes no more than a share of the memory that is free now."""
+        size = self.capture.kept_bytes(micro_batch.samples, micro_batch.positions) * micro_batch.micro_batches
+        device = next(iter(self.capture.parameters.values())).device
+        free = free_memory(device)
+        choice: Literal["stash", "replay"] = "stash" if size <= STASH_SHARE * free else "replay"
+        logger.info(
+            f"second_pass='auto': {choice!r}; keeping the inputs and output gradients of "
+            f"{micro_batch.micro_batches} micro-batches takes about {size / 2**20:.0f} MiB, {free / 2**20:.0f} MiB "
+            f"are free on {device}"
+        )
+        return choice
+
+
+def scored(capture: Capture, directions: dict[str, Tensor], micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """The loss of a micro-batch, and <sample's share of the gradient, direction>, [B, K]."""
+    with capture.scoring(directions, micro_batch.samples) as tap:
+        loss = micro_batch.run()
+    # No gradient where the loss reaches none of the scored layers.
+    return loss, torch.zeros_like(tap) if tap.grad is None else tap.grad
+
+
+@contextmanager
+def gradients_aside(model: nn.Module) -> Iterator[None]:
+    """Backward passes within it leave `.grad` as it was."""
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    try:
+        for parameter in gradients:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
