@@ -119,31 +119,26 @@ class OwenOrder:
 def smoothed(step: AdamStep, block: Block, p: float, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """E[D(x)] and S_p = E[D'(x)] of x = p cG + sigma xi, both of the block's shape.
 
-    x comes in pairs mean +- delta, whose squares share an even part, mean^2 + delta^2, and differ by 4 mean delta.
-    S_p is 0 where sigma is: no sample has a gradient there, or there is only one sample (see `OwenOrder`).
+    S_p is 0 where sigma is: there no sample has a gradient, or there is but one sample (and the gap is its value).
+    D is taken in units in which the second moment is A + x^2 and the first M + x: two scalings, and none for each node.
     """
     points, weights = np.polynomial.hermite_e.hermegauss(HERMITE_NODES)
+    unit = ((1 - step.beta2) / step.bias2).sqrt()
     mean = block.gradient * p
     if step.coupled_decay:
         mean.add_(block.weight, alpha=step.coupled_decay)
-    fresh = (1 - step.beta2) / step.bias2
-    even = torch.addcmul(block.second_moment * step.beta2, mean, mean, value=1 - step.beta2).div_(step.bias2)
-    odd = (mean * sigma).mul_(2 * fresh)
-    square = sigma.square().mul_(fresh)
-    numerator = torch.add(block.first_moment * step.beta1, mean, alpha=1 - step.beta1)
-    share = sigma * (1 - step.beta1)
+    mean.mul_(unit)
+    spread = sigma * unit
+    old_square = block.second_moment * (step.beta2 / step.bias2)
+    old_mean = block.first_moment * (step.beta1 / (1 - step.beta1) * unit)
     change, slope = torch.zeros_like(mean), torch.zeros_like(mean)
     for point, weight in zip(points, weights / math.sqrt(2 * math.pi), strict=True):
-        if point < 0:
-            continue
-        moment = torch.add(even, square, alpha=point**2)
-        up = torch.add(moment, odd, alpha=point).clamp_min_(0).sqrt_().add_(step.eps)
-        down = moment.sub_(odd, alpha=point).clamp_min_(0).sqrt_().add_(step.eps)
-        up = torch.add(numerator, share, alpha=point).div_(up)
-        down = torch.sub(numerator, share, alpha=point).div_(down)
-        change.add_(up, alpha=weight).add_(down, alpha=weight)
-        slope.add_(up.sub_(down), alpha=weight * point)
-    scale = -step.lr / step.bias1
+        x = torch.add(mean, spread, alpha=point)
+        root = torch.addcmul(old_square, x, x).sqrt_().add_(step.eps)
+        x.add_(old_mean).div_(root)
+        change.add_(x, alpha=weight)
+        slope.add_(x, alpha=weight * point)
+    scale = -step.lr * (1 - step.beta1) / (step.bias1 * unit)
     change.mul_(scale)
     if step.decoupled_decay:
         change.add_(block.weight * (-step.lr * step.decoupled_decay))
