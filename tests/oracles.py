@@ -4,16 +4,22 @@
     c        = min(1, max_norm / (|G| + 1e-6)), the clipping factor
     S_0      the optimizer's step per unit of gradient, as far as it is known before the step
     l_v      mean token loss on the validation rows in use, dropout off
-    u        = - S_0 * grad l_v
+    D(x)     what the optimizer's own step makes of gradient x, by running it
+    w(s)     w_t + D(0) + s (D(cG) - D(0))
+    u        = - S_0 * grad l_v                      order "first"
+             = - S * (grad l_v + H_v (w(1/2) - w_t))  order "second", S = (D(cG) - D(0)) / (cG)
+             = - S * sum_nodes grad l_v(w(s))         order "path"
     value_i  = <c g_i, u>, in nats of l_v, positive where the sample lowers it
 
 Nothing here imports hf_datashapley. A gradient is a dict from parameter name to tensor; a tied parameter appears once.
 Shapes: B micro-batch, T tokens, V vocabulary.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -177,6 +183,41 @@ def first_order_factor(
     root = (second_moment / (1 - beta2**steps_before)).sqrt()
     share = 1.0 if momentum == "unrolled" else (1 - beta1) / (1 - beta1 ** (steps_before + 1))
     return torch.where(second_moment > 0, -rate * share / (root + group["eps"]), 0.0)
+
+
+def real_step(
+    optimizer: type, group: Mapping[str, Any], state: Mapping[str, Any], weight: Tensor, gradient: Tensor
+) -> Tensor:
+    """D(gradient): the change that torch's own optimizer makes, in float64, from a copy of its state."""
+    known = inspect.signature(optimizer).parameters
+    parameter = nn.Parameter(weight.double().clone())
+    instance = optimizer([parameter], **{key: value for key, value in group.items() if key in known})
+    for key, value in state.items():
+        copied = value.clone() if isinstance(value, Tensor) else value
+        is_moment = isinstance(value, Tensor) and key != "step"
+        instance.state[parameter][key] = copied.double() if is_moment else copied
+    parameter.grad = gradient.double().clone()
+    instance.step()
+    return parameter.detach() - weight.double()
+
+
+def secant(change: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
+    """S of one parameter by its definition; where the gradient is 0 its limit, by a small difference."""
+    x = torch.where(gradient == 0, 1e-9, gradient)
+    return (change(x) - change(torch.zeros_like(x))) / x
+
+
+def smoothed_slope(
+    change: Callable[[Tensor], Tensor], gradient: Tensor, squares: Tensor, samples: int, p: float, nodes: int = 12
+) -> tuple[Tensor, Tensor]:
+    """S_p and E[D] of x = p cG + sigma xi by Gauss-Hermite quadrature; S_p is 0 where sigma is."""
+    sigma = (p * (1 - p) * squares * (samples - 1) / samples).sqrt()
+    points, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    weights = weights / weights.sum()
+    changes = [change(p * gradient + float(point) * sigma) for point in points]
+    mean = add([{"": float(w) * d} for w, d in zip(weights, changes, strict=True)])[""]
+    tilt = add([{"": float(w * point) * d} for w, point, d in zip(weights, points, changes, strict=True)])[""]
+    return torch.where(sigma > 0, tilt / sigma, 0.0), mean
 
 
 def direction(validation: Gradient, factors: Mapping[str, Tensor | float]) -> Gradient:

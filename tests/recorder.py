@@ -4,10 +4,11 @@
 package does with sample ids is not trusted here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from models import collate
 from oracles import (
@@ -22,7 +23,10 @@ from oracles import (
     inner,
     loss_tokens,
     per_sample_gradients,
+    real_step,
     relative_error,
+    secant,
+    smoothed_slope,
     summed_loss,
     trainable,
     validation_gradient,
@@ -90,7 +94,8 @@ class Truth:
     values: dict[str, dict[int, float]]
     tokens: dict[int, int]
     clip: float
-    validation_losses: dict[str, float]
+    validation_losses: dict[str, float]  # by target
+    ends: dict[str, tuple[float, float, float]]  # by target, at w_t, w(0), w(1); if asked for
 
 
 @dataclass
@@ -111,30 +116,132 @@ class Replay:
     momentum: str = "unrolled"
     sgd_proxy: bool = False
     interval: int = 1
+    order: str = "first"
+    nodes: int = 1
+    slope: str = "secant"
+    audited: bool = False
     validation_loss: SummedLoss = summed_loss
     scored: Sequence[str] | None = None  # names of scored parameters; None: all that train
 
     def truth(self, updates: Sequence[RecordedUpdate], step: int, validation_rows: Mapping[str, Any]) -> Truth:
         """Update number `step`, from 1, scored on the given row indices of every target."""
         update = updates[step - 1]
-        refreshed = updates[(step - 1) // self.interval * self.interval]
-        targets = {name: self._validation_gradient(refreshed, name, rows) for name, rows in validation_rows.items()}
         self._load(update.weights)
         samples: list[tuple[int, int, Gradient]] = []
         for micro_batch in update.micro_batches:
             samples.extend(self._samples(micro_batch, len(update.micro_batches)))
-        clip = clip_factor(add([sample for _, _, sample in samples]), self.max_norm)
+        total = add([sample for _, _, sample in samples])
+        clip = clip_factor(total, self.max_norm)
+        clipped = {name: clip * gradient for name, gradient in total.items()}
+        squares = add([{name: (clip * g).square() for name, g in sample.items()} for _, _, sample in samples])
         names = list(trainable(self.model)) if self.scored is None else list(self.scored)
-        values: dict[str, dict[int, float]] = {}
-        for target, (gradient, _) in targets.items():
-            u = direction(gradient, {name: self._factor(update, name) for name in gradient})
-            values[target] = {}
-            for row, _, sample in samples:
-                values[target][row] = values[target].get(row, 0.0) + clip * inner(sample, u, names)
-        tokens: dict[int, int] = {}
+        truth = Truth({}, {}, clip, {}, {})
         for row, count, _ in samples:
-            tokens[row] = tokens.get(row, 0) + count
-        return Truth(values, tokens, clip, {target: loss for target, (_, loss) in targets.items()})
+            truth.tokens[row] = truth.tokens.get(row, 0) + count
+        for target, rows in validation_rows.items():
+            if self.order == "first":
+                refreshed = updates[(step - 1) // self.interval * self.interval]
+                self._load(refreshed.weights)
+                gradient, loss = self._validation_gradient(target, rows)
+                u = direction(gradient, {name: self._factor(update, name) for name in gradient})
+            else:
+                u, loss = self._two_pass_direction(update, clipped, squares, len(samples), target, rows)
+            sums: dict[int, float] = {}
+            for row, _, sample in samples:
+                sums[row] = sums.get(row, 0.0) + clip * inner(sample, u, names)
+            ends = {}
+            if self.slope == "owen" or self.audited:
+                ends = {s: self._loss_at(update, clipped, s, target, rows) for s in (None, 0.0, 1.0)}
+                truth.ends[target] = (ends[None], ends[0.0], ends[1.0])
+            if self.slope == "owen":
+                gap = ends[0.0] - ends[1.0] - sum(sums.values())
+                all_tokens = sum(truth.tokens.values())
+                sums = {row: value + gap * truth.tokens[row] / all_tokens for row, value in sums.items()}
+            truth.values[target] = sums
+            truth.validation_losses[target] = loss
+        return truth
+
+    def _two_pass_direction(
+        self, update: RecordedUpdate, clipped: Gradient, squares: Gradient, samples: int, target: str, rows: Any
+    ) -> tuple[Gradient, float]:
+        """u of orders "second" and "path", and the loss that the ledger shows (at w_t; mean along the path)."""
+        slopes: dict[str, Tensor | float] = {name: self._slope(update, name, clipped[name]) for name in clipped}
+        if self.order == "second":
+            self._load(update.weights)
+            at_start, loss = self._validation_gradient(target, rows)
+            half = {name: w - update.weights[name] for name, w in self._weights(update, clipped, 0.5).items()}
+            size = max(float(d.abs().max()) for d in half.values())
+            step = 1e-5 / size if size else 0.0
+            sides = []
+            for sign in (1, -1):
+                self._load({name: w + sign * step * half.get(name, 0.0) for name, w in update.weights.items()})
+                sides.append(self._validation_gradient(target, rows)[0])
+            curvature = {
+                name: (sides[0][name] - sides[1][name]) / (2 * step) if step else torch.zeros_like(gradient)
+                for name, gradient in at_start.items()
+            }
+            return direction({name: at_start[name] + curvature[name] for name in at_start}, slopes), loss
+        points, weights = np.polynomial.legendre.leggauss(self.nodes)
+        parts, mean_loss = [], 0.0
+        for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
+            at = self._weights(update, clipped, float(point))
+            if self.slope == "owen":
+                for name, gradient in clipped.items():
+                    if name in at and self._moves(update, name, gradient):
+                        change = self._change(update, name)
+                        found = smoothed_slope(change, gradient, squares[name], samples, float(point))
+                        slopes[name] = self._unrolled(update, name) * found[0]
+                        at[name] = update.weights[name] + found[1]
+            self._load({**update.weights, **at})
+            there, loss = self._validation_gradient(target, rows)
+            parts.append({name: float(weight) * u for name, u in direction(there, slopes).items()})
+            mean_loss += float(weight) * loss
+        return add(parts), mean_loss
+
+    def _change(self, update: RecordedUpdate, name: str) -> Callable[[Tensor], Tensor]:
+        """D of one parameter."""
+        if self.sgd_proxy:
+            return lambda x: -float(update.groups[name]["lr"]) * x
+        group, state, weight = update.groups[name], update.state.get(name, {}), update.weights[name]
+        return lambda x: real_step(self.optimizer, group, state, weight, x)
+
+    def _moves(self, update: RecordedUpdate, name: str, gradient: Tensor) -> bool:
+        """torch passes over a parameter that the loss does not reach; here it has a gradient of zeros."""
+        return name in update.groups and bool(gradient.any())
+
+    def _weights(self, update: RecordedUpdate, clipped: Gradient, s: float) -> dict[str, Tensor]:
+        """w(s)."""
+        weights = dict(update.weights)
+        for name, gradient in clipped.items():
+            if self._moves(update, name, gradient):
+                change = self._change(update, name)
+                weights[name] = weights[name] + (1 - s) * change(torch.zeros_like(gradient)) + s * change(gradient)
+        return weights
+
+    def _slope(self, update: RecordedUpdate, name: str, gradient: Tensor) -> Tensor | float:
+        """S, or what it is once momentum has played out."""
+        if not self._moves(update, name, gradient):
+            return 0.0
+        return self._unrolled(update, name) * secant(self._change(update, name), gradient)
+
+    def _unrolled(self, update: RecordedUpdate, name: str) -> float:
+        """The weight of a gradient once momentum has played out, over that in its own step."""
+        group, state = update.groups[name], update.state.get(name, {})
+        if self.momentum == "immediate" or self.sgd_proxy:
+            return 1.0
+        if "betas" in group:
+            beta1 = group["betas"][0]
+            return (1 - beta1 ** (float(state.get("step", 0)) + 1)) / (1 - beta1)
+        mu = group["momentum"]
+        if not mu:
+            return 1.0
+        enters = 1.0 if state.get("momentum_buffer") is None else 1 - group["dampening"]
+        return enters / (1 - mu) / (1 + mu * enters if group["nesterov"] else enters)
+
+    def _loss_at(self, update: RecordedUpdate, clipped: Gradient, s: float | None, target: str, rows: Any) -> float:
+        """l_v(w_t) for None, l_v(w(s)) otherwise."""
+        self._load(update.weights if s is None else self._weights(update, clipped, s))
+        return self._validation_gradient(target, rows)[1]
 
     def _load(self, weights: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
@@ -149,8 +256,7 @@ class Replay:
             return -float(group["lr"])
         return first_order_factor(self.optimizer, group, update.state.get(name, {}), self.momentum)
 
-    def _validation_gradient(self, update: RecordedUpdate, target: str, rows: Any) -> tuple[Gradient, float]:
-        self._load(update.weights)
+    def _validation_gradient(self, target: str, rows: Any) -> tuple[Gradient, float]:
         batches = (collate([self.validation[target][int(row)]]) for row in rows)
         return validation_gradient(self.model, batches, self.validation_loss)
 

@@ -120,7 +120,7 @@ def smoothed(step: AdamStep, block: Block, p: float, sigma: Tensor) -> tuple[Ten
     """E[D(x)] and S_p = E[D'(x)] of x = p cG + sigma xi, both of the block's shape.
 
     S_p is 0 where sigma is: there no sample has a gradient, or there is but one sample (and the gap is its value).
-    D is taken in units in which the second moment is A + x^2 and the first M + x: two scalings, and none for each node.
+    D is taken in units in which the second moment is A + x^2 and the first M + x, which saves two scalings a node.
     """
     points, weights = np.polynomial.hermite_e.hermegauss(HERMITE_NODES)
     unit = ((1 - step.beta2) / step.bias2).sqrt()

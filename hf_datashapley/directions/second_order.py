@@ -13,6 +13,8 @@ Cost: one validation pass differentiated twice, about three times a plain one; m
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,6 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .optimizers import Momentum
 from .update_rule import UpdateRule
 from .validation import Validation
+
+
+# Directions in which the Hessian's symmetry is looked at, and by how much it may be off; float32 is by 1e-6.
+PROBES = 3
+ASYMMETRY = 1e-2
 
 
 class SecondOrder:
@@ -48,6 +55,33 @@ class SecondOrder:
         return directions, losses
 
 
+def check_twice_differentiable(model: nn.Module, validation: Validation, parameters: dict[str, nn.Parameter]) -> None:
+    """Makes Hessian-vector products on the rows of the first update, and looks whether the Hessian is symmetric.
+
+    It has to be looked at: an autograd function whose backward is not differentiable (a fused attention kernel in
+    Python, `once_differentiable`) need not raise, it can as well leave its part of the second derivative out.
+
+    Raises:
+        ValueError: the model cannot be differentiated twice.
+    """
+    generator = torch.Generator().manual_seed(0)
+    chosen = list(parameters.values())
+    probes = [[torch.randn(p.shape, generator=generator).to(p) for p in chosen] for _ in range(PROBES)]
+
+    def differentiate(loss: Tensor) -> list[Tensor]:
+        gradients = torch.autograd.grad(loss, chosen, create_graph=True, materialize_grads=True)
+        products = [
+            torch.autograd.grad(inner(gradients, probe), chosen, retain_graph=True, materialize_grads=True)
+            for probe in probes
+        ]
+        table = torch.stack([torch.stack([inner(product, probe) for probe in probes]) for product in products])
+        if bool((table - table.T).abs().sum() > ASYMMETRY * table.abs().sum()):
+            raise RuntimeError("the second derivative is not symmetric: a part of it is missing")
+        return [gradient.detach() for gradient in gradients]
+
+    twice(model, lambda: validation.gradients(model, parameters, 1, differentiate))
+
+
 def curved_gradients(
     model: nn.Module,
     validation: Validation,
@@ -65,19 +99,31 @@ def curved_gradients(
         everything = list(dict.fromkeys([*parameters.values(), *moved]))
         first = torch.autograd.grad(loss, everything, create_graph=True, materialize_grads=True)
         gradients = dict(zip(everything, first, strict=True))
-        slope = torch.stack([torch.dot(gradients[p].flatten(), d.flatten()) for p, d in moved.items()]).sum()
         chosen = list(parameters.values())
+        slope = inner([gradients[parameter] for parameter in moved], list(moved.values()))
         products = torch.autograd.grad(slope, chosen, materialize_grads=True)
         return [gradients[p].detach() + product for p, product in zip(chosen, products, strict=True)]
 
+    return twice(model, lambda: validation.gradients(model, parameters, update, differentiate))
+
+
+def twice(
+    model: nn.Module, compute: Callable[[], tuple[dict[str, Tensor], Tensor]]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What `compute` gives, under attention by its definition, whatever kernel the model trains with."""
     with sdpa_kernel(SDPBackend.MATH):
         try:
-            return validation.gradients(model, parameters, update, differentiate)
+            return compute()
         except RuntimeError as error:
-            if "derivative" not in str(error) and "once_differentiable" not in str(error):
+            # As torch words it for fused kernels, for autograd functions of somebody, for compiled code.
+            if not any(words in str(error) for words in ("derivative", "differentia", "double backward")):
                 raise
             raise ValueError(
                 f"value_order='second' differentiates {type(model).__name__} twice, which one of its operations does "
                 f"not allow ({str(error).splitlines()[0]}): load it with attn_implementation='sdpa' or 'eager', or "
                 "use value_order='path', which needs no second derivative"
             ) from error
+
+
+def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    return torch.stack([torch.dot(x.flatten(), y.flatten()) for x, y in zip(left, right, strict=True)]).sum()

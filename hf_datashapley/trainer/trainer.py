@@ -35,7 +35,7 @@ from ..directions.first_order import FirstOrder
 from ..directions.optimizers import Momentum
 from ..directions.owen import OwenOrder
 from ..directions.path import NodeWeights, PathOrder
-from ..directions.second_order import SecondOrder
+from ..directions.second_order import SecondOrder, check_twice_differentiable
 from ..directions.update_rule import UpdateRule
 from ..directions.validation import Batch, Validation
 from ..directions.weights import weights_at
@@ -109,6 +109,8 @@ class ShapleyTrainer(Trainer):
             self._shows_progress,
         )
         self._validation = self._make_validation()
+        if args.value_order == "second":
+            check_twice_differentiable(self.model, self._validation, self._capture.parameters)
         self._ledger: Ledger | None = None
         self._step_hook: RemovableHandle | None = None
         # First of all: when the user's callbacks look at the values, the update they follow is among them.
