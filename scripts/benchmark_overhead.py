@@ -10,7 +10,8 @@ has imported everything and built the model.
     python scripts/benchmark_overhead.py                       # GPT-2 4x256, 8 + 1 rows of 256 tokens
     python scripts/benchmark_overhead.py --batch_size 16
     python scripts/benchmark_overhead.py --targets 8 --variants plain ceiling fused
-    python scripts/benchmark_overhead.py --validation_interval 10 --rounds 8
+    python scripts/benchmark_overhead.py --validation_interval 10 --rounds 8 --variants plain ceiling fused
+    python scripts/benchmark_overhead.py --variants plain second path path-3 owen owen-3
 """
 
 from __future__ import annotations
@@ -51,6 +52,19 @@ import hf_datashapley
 from hf_datashapley import ShapleyConfig, ShapleyTrainer
 
 
+# What ShapleyTrainer is set to.
+VALUED: dict[str, dict[str, Any]] = {
+    "fused": {},
+    "project": {"value_kernel": "project"},
+    "second": {"value_order": "second"},
+    "path": {"value_order": "path"},
+    "path-3": {"value_order": "path", "path_nodes": 3},
+    "replay": {"value_order": "path", "second_pass": "replay"},
+    "owen": {"value_order": "path", "path_slope": "owen"},
+    "owen-3": {"value_order": "path", "path_slope": "owen", "path_nodes": 3},
+}
+
+
 @dataclass
 class Setting:
     """What is measured."""
@@ -66,7 +80,7 @@ class Setting:
     validation_interval: int = 1
     variants: list[str] = field(
         default_factory=lambda: ["plain", "ceiling", "fused", "project"],
-        metadata={"help": "Any of plain, ceiling, fused, project; plain and ceiling are what the ratios are over."},
+        metadata={"help": f"Any of plain, ceiling (which the ratios are over), {', '.join(VALUED)}."},
     )
     rounds: int = field(default=40, metadata={"help": "Updates of each variant, or whole validation intervals."})
     threads: int = 2
@@ -131,6 +145,9 @@ class CeilingTrainer(ShapleyTrainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         return Trainer._clip_grad_norm(self, model)
 
+    def _begin_run(self) -> None:
+        pass
+
     def _end_update(self) -> None:
         pass
 
@@ -150,7 +167,7 @@ def train(variant: str, setting: Setting, model: PreTrainedModel, updates: int) 
             dataloader_pin_memory=False,
             validation_batch_size=setting.validation_rows,
             validation_interval=setting.validation_interval,
-            value_kernel=variant if variant in ("fused", "project") else "auto",
+            **VALUED.get(variant, {}),
         )
         trainer: Trainer
         if variant == "plain":

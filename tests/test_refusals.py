@@ -140,6 +140,26 @@ def test_more_than_one_process(tmp_path, monkeypatch):
         trainer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "setting, value, named, cure",
+    [
+        ("fp16", True, "fp16", "fp16=False"),
+        ("fsdp", True, "FSDP", "leave `fsdp` unset"),
+        ("deepspeed", "zero.json", "DeepSpeed", "leave `deepspeed` unset"),
+        ("_n_gpu", 2, "DataParallel", "CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_launches_that_this_machine_cannot_make(tmp_path, setting, value, named, cure):
+    """Set after TrainingArguments has looked at them, which wants the hardware or the package."""
+    args = ShapleyConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    _ = args.device  # settles the number of GPUs
+    setattr(args, setting, value)
+    rows = dataset(text_rows(4))
+    with pytest.raises(ValueError, match=named) as error:
+        ShapleyTrainer(build("gpt2"), args, train_dataset=rows, validation_dataset=rows, data_collator=collate)
+    assert cure in str(error.value)
+
+
 def test_plain_training_arguments(tmp_path):
     with pytest.raises(ValueError, match="give a ShapleyConfig"):
         ShapleyTrainer(build("gpt2"), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))

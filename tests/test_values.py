@@ -316,6 +316,7 @@ def test_last_update_of_an_epoch_may_be_smaller(tmp_path):
 
 
 def test_without_average_tokens_across_devices(tmp_path):
+    """In one process it makes no difference; it is accepted."""
     trainer, replay = prepare(tmp_path, "gpt2", two_groups(SGD), average_tokens_across_devices=False, max_steps=2)
     trainer.train()
     assert_history(trainer, replay, FLOAT32)

@@ -96,6 +96,11 @@ def gradients_are_smaller(weight: Tensor, x: Tensor) -> bool:
 class Capture:
     """The scored layers of a model.
 
+    A layer's input is taken for one sample a row; an embedding's ids of shape [1, positions] for ids that all samples
+    look up. A table that is looked up by ids of another kind, with as many rows as the micro-batch has samples (T5's
+    relative positions, [positions, positions]), cannot be told from that, and its rows would be taken for samples:
+    leave such a table out with `modules`, or freeze it.
+
     Args:
         model: any module made of linear layers (`nn.Linear`, `Conv1D`), embeddings and norms, as far as it trains.
         modules: which modules' parameters are scored, as PEFT's `target_modules`: a list of names or name endings, or

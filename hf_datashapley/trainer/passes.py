@@ -150,7 +150,7 @@ class TwoPass:
         self._kept, self._replays = [], []
         if isinstance(order, OwenOrder):
             before, after = order.path_ends(model, self.validation, step)
-            update.shared = before - after - update.values().sum(0)
+            update.shared = before - after - update.own_values().sum(0)
         return directions
 
     def _choose(self, micro_batch: MicroBatch) -> Literal["stash", "replay"]:

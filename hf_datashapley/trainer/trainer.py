@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -27,30 +27,21 @@ import torch
 import transformers
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import __version__
-from ..directions.first_order import FirstOrder
-from ..directions.optimizers import Momentum
-from ..directions.owen import OwenOrder
-from ..directions.path import NodeWeights, PathOrder
-from ..directions.second_order import SecondOrder, check_twice_differentiable
-from ..directions.update_rule import UpdateRule
+from ..directions.second_order import check_twice_differentiable
 from ..directions.validation import Batch, Validation
-from ..directions.weights import weights_at
 from ..ghost.capture import Capture, Kernel
 from ..ledger import Ledger, load_audit, load_value_history, load_values
 from ..ledger.writer import refuse_existing
 from ..loss_tokens import count_loss_tokens, shifts_labels
-from ..values.additivity import check_shares
-from ..values.statistics import LogStatistics
-from ..values.update import Update, UpdateAudit
 from . import requirements
 from .config import ShapleyConfig
-from .passes import MicroBatch, OnePass, Pass, SecondPass, TwoPass
+from .passes import MicroBatch
 from .samples import BATCH_KEY, IdentifiedRows, IdentifyingCollator, read_sample_ids
 from .targets import read_targets
+from .valuation import Valuation, momentum_of
 
 
 class ShapleyTrainer(Trainer):
@@ -112,7 +103,7 @@ class ShapleyTrainer(Trainer):
         if args.value_order == "second":
             check_twice_differentiable(self.model, self._validation, self._capture.parameters)
         self._ledger: Ledger | None = None
-        self._step_hook: RemovableHandle | None = None
+        self._valuation: Valuation | None = None
         # First of all: when the user's callbacks look at the values, the update they follow is among them.
         self.callback_handler.callbacks.insert(0, UpdateBoundaries(self))
 
@@ -154,57 +145,17 @@ class ShapleyTrainer(Trainer):
         self._ledger.restart()
         self._validation = self._make_validation()
         optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
-        self._rule: UpdateRule | None = UpdateRule(optimizer, self._proxy)
-        self._pass: Pass | None = self._make_pass(optimizer, self._rule)
-        # Not a callback: those of the user may still change the gradient, and a step may not come about.
-        self._step_hook = optimizer.register_step_pre_hook(lambda *_: self._before_step())
-        self._statistics = LogStatistics([target.name for target in self._targets])
-        self._update: Update | None = None
-        self._audit_losses: tuple[Tensor, Tensor, Tensor] | None = None
-        self._shares_checked = False
-
-    def _begin_update(self) -> Update:
-        update = Update(len(self._targets), learning_rate=float(self.optimizer.param_groups[0]["lr"]))
-        assert self._pass is not None
-        self._pass.begin(self.model, update, self.state.global_step + 1)
-        return update
-
-    def _before_step(self) -> None:
-        update, step = self._update, self.state.global_step + 1
-        assert update is not None and self._pass is not None and self._rule is not None
-        directions = self._pass.before_step(self.model, update, step)
-        if not self._shares_checked:
-            values = torch.cat(update.scores) if update.clip is None else torch.cat(update.scores) * update.clip
-            self._shares_checked = check_shares(values, self._capture.parameters, directions)
-        if self.args.audit_steps and step % self.args.audit_steps == 0:
-            before = self._validation.losses(self.model, step)
-            weights = NodeWeights().of(self._rule.moving)
-            self._rule.path_weights(0.0, weights)
-            with weights_at(weights):
-                carried = self._validation.losses(self.model, step)
-            if self._momentum == "immediate":
-                samples = update.values().sum(0)
-            else:
-                samples = self._rule.immediate_sum(directions, self._capture.parameters, self._momentum)
-            self._audit_losses = samples, before, carried
+        self._valuation = Valuation(self.model, self.args, self._capture, self._validation, optimizer, self._ledger)
 
     def _end_update(self) -> None:
-        update, step = self._update, self.state.global_step
-        assert update is not None and self._ledger is not None
-        audit = None
-        if self._audit_losses is not None:
-            samples, before, carried = self._audit_losses
-            audit = UpdateAudit(samples, before - carried, before - self._validation.losses(self.model, step))
-        finished = update.finish(step, self.accelerator.optimizer_step_was_skipped, audit)
-        self._update = self._audit_losses = None
-        self._ledger.append(finished)
-        self._statistics.add(finished)
+        assert self._valuation is not None
+        self._valuation.end_update(self.accelerator.optimizer_step_was_skipped)
 
     def _end_run(self) -> None:
         """Lets go of everything as large as the model."""
-        if self._step_hook is not None:
-            self._step_hook.remove()
-        self._update = self._pass = self._rule = self._step_hook = None
+        if self._valuation is not None:
+            self._valuation.close()
+            self._valuation = None
 
     # Parts
 
@@ -221,28 +172,6 @@ class ShapleyTrainer(Trainer):
         if isinstance(dataset, datasets.Dataset):
             return self._remove_unused_columns(dataset, description), self.data_collator
         return dataset, self._get_collator_with_removed_columns(self.data_collator, description)
-
-    @property
-    def _proxy(self) -> Literal["auto", "sgd"]:
-        return cast(Literal["auto", "sgd"], self.args.value_optimizer)
-
-    @property
-    def _momentum(self) -> Momentum:
-        default = "unrolled" if self.args.value_order == "first" else "immediate"
-        return cast(Momentum, self.args.value_momentum or default)
-
-    def _make_pass(self, optimizer: torch.optim.Optimizer, rule: UpdateRule) -> Pass:
-        args, scored, momentum = self.args, self._capture.parameters, self._momentum
-        if args.value_order == "first":
-            return OnePass(self._capture, self._validation, FirstOrder(optimizer, scored, self._proxy, momentum))
-        order: SecondOrder | PathOrder | OwenOrder
-        if args.value_order == "second":
-            order = SecondOrder(rule, scored, momentum)
-        elif args.path_slope == "owen" and not rule.is_linear:
-            order = OwenOrder(rule, scored, args.path_nodes, momentum)
-        else:
-            order = PathOrder(rule, scored, args.path_nodes, momentum)
-        return TwoPass(self._capture, self._validation, order, cast(SecondPass, args.second_pass))
 
     def _make_validation(self) -> Validation:
         rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -271,7 +200,7 @@ class ShapleyTrainer(Trainer):
             self.label_smoother = smoother
 
     def _make_ledger(self) -> Ledger:
-        args = self.args
+        args, follows_path = self.args, self.args.value_order == "path"
         settings = {
             "unit": args.value_unit,
             "settings": {
@@ -280,12 +209,8 @@ class ShapleyTrainer(Trainer):
                 "scored_parameters": sum(parameter.numel() for parameter in self._capture.parameters.values()),
                 "value_order": args.value_order,
                 "value_optimizer": args.value_optimizer,
-                "value_momentum": self._momentum,
-                **(
-                    {}
-                    if args.value_order != "path"
-                    else {"path_nodes": args.path_nodes, "path_slope": args.path_slope}
-                ),
+                "value_momentum": momentum_of(args),
+                **({"path_nodes": args.path_nodes, "path_slope": args.path_slope} if follows_path else {}),
                 "value_modules": args.value_modules,
                 "value_kernel": args.value_kernel,
                 "validation_rows": {
@@ -337,13 +262,11 @@ class ShapleyTrainer(Trainer):
                 "a batch came without its samples' ids: get_train_dataloader was overridden; give the rows as "
                 "train_dataset, and what makes batches of them as data_collator"
             )
-        if self._update is None:
-            self._update = self._begin_update()
         if "labels" in inputs:
             tokens = count_loss_tokens(inputs["labels"], shifts_labels(self.model))
         else:
             tokens = torch.ones_like(sample_ids)
-        assert self._pass is not None
+        assert self._valuation is not None
         run = super().training_step
         micro_batch = MicroBatch(
             samples=len(sample_ids),
@@ -352,14 +275,12 @@ class ShapleyTrainer(Trainer):
             # Trainer takes some of the inputs out of their dict.
             run=lambda: run(model, {**inputs}, num_items_in_batch),
         )
-        loss = self._pass.micro_batch(self._update, micro_batch)
-        self._update.add(sample_ids, tokens, loss)
-        return loss
+        return self._valuation.micro_batch(self.state.global_step + 1, sample_ids, tokens, micro_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._ledger is not None:
-            logs |= self._statistics.drain()
-            self._ledger.collect()
+        if "loss" in logs and self._valuation is not None:
+            logs |= self._valuation.statistics.drain()
+            self._valuation.ledger.collect()
         super().log(logs, start_time)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -397,9 +318,9 @@ class ShapleyTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
-        assert self._update is not None
+        assert self._valuation is not None
         # As torch.nn.utils.clip_grad_norm_ computes it.
-        self._update.clip = torch.clamp(self.args.max_grad_norm / (torch.as_tensor(norm) + 1e-6), max=1.0)
+        self._valuation.clipped(torch.clamp(self.args.max_grad_norm / (torch.as_tensor(norm) + 1e-6), max=1.0))
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -87,13 +87,16 @@ class Update:
     def num_samples(self) -> int:
         return sum(len(ids) for ids in self._sample_ids)
 
-    def values(self) -> Tensor:
-        """As far as scores have been added: [N, K]."""
+    def own_values(self) -> Tensor:
+        """<c g_i, u>, [N, K]."""
         if not self.scores:
             return self._losses[0].new_zeros(self.num_samples, self.targets)
         values = torch.cat(self.scores)
-        if self.clip is not None:
-            values = values * self.clip
+        return values if self.clip is None else values * self.clip
+
+    def values(self) -> Tensor:
+        """With what the samples share, [N, K]."""
+        values = self.own_values()
         if self.shared is not None:
             tokens = torch.cat(self._tokens).to(values.dtype)
             values = values + (tokens / tokens.sum()).unsqueeze(1) * self.shared

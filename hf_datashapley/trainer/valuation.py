@@ -1,0 +1,131 @@
+"""One run of the training loop, valued: what happens to an update between its first micro-batch and the ledger.
+
+`ShapleyTrainer` says when things happen, `passes` how scores come about, `values` what is made of them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..directions.first_order import FirstOrder
+from ..directions.optimizers import Momentum
+from ..directions.owen import OwenOrder
+from ..directions.path import NodeWeights, PathOrder
+from ..directions.second_order import SecondOrder
+from ..directions.update_rule import UpdateRule
+from ..directions.validation import Validation
+from ..directions.weights import weights_at
+from ..ghost.capture import Capture
+from ..ledger import Ledger
+from ..values.additivity import check_shares
+from ..values.statistics import LogStatistics
+from ..values.update import Update, UpdateAudit
+from .config import ShapleyConfig
+from .passes import MicroBatch, OnePass, Pass, SecondPass, TwoPass
+
+
+class Valuation:
+    """Values the updates of one run, which `optimizer` makes of `model`, into `ledger`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: ShapleyConfig,
+        capture: Capture,
+        validation: Validation,
+        optimizer: Optimizer,
+        ledger: Ledger,
+    ):
+        self.model = model
+        self.capture = capture
+        self.validation = validation
+        self.ledger = ledger
+        self.audit_steps = args.audit_steps
+        self.momentum = momentum_of(args)
+        self.rule = UpdateRule(optimizer, cast(Literal["auto", "sgd"], args.value_optimizer))
+        self.scores: Pass = make_pass(args, capture, validation, optimizer, self.rule)
+        self.statistics = LogStatistics([target.name for target in validation.targets])
+        self._optimizer = optimizer
+        self._step = 0
+        self._update: Update | None = None
+        # Sum of values, and the losses at w_t and w(0).
+        self._audit: tuple[Tensor, Tensor, Tensor] | None = None
+        self._shares_checked = False
+        # Not a callback: those of the user may still change the gradient, and a step may not come about.
+        self._hook = optimizer.register_step_pre_hook(lambda *_: self.before_step())
+
+    def micro_batch(self, step: int, sample_ids: Tensor, tokens: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """Runs a micro-batch of update number `step`, and gives its loss."""
+        if self._update is None:
+            self._step = step
+            learning_rate = float(self._optimizer.param_groups[0]["lr"])
+            self._update = Update(len(self.validation.targets), learning_rate)
+            self.scores.begin(self.model, self._update, step)
+        loss = self.scores.micro_batch(self._update, micro_batch)
+        self._update.add(sample_ids, tokens, loss)
+        return loss
+
+    def clipped(self, factor: Tensor) -> None:
+        """Clipping scaled the gradient by this."""
+        assert self._update is not None
+        self._update.clip = factor
+
+    def before_step(self) -> None:
+        """The optimizer is about to step, with the clipped gradient in `.grad`."""
+        update = self._update
+        assert update is not None
+        directions = self.scores.before_step(self.model, update, self._step)
+        if not self._shares_checked:
+            self._shares_checked = check_shares(update.own_values(), self.capture.parameters, directions)
+        if self.audit_steps and self._step % self.audit_steps == 0:
+            if self.momentum == "immediate":
+                samples = update.values().sum(0)
+            else:
+                samples = self.rule.immediate_sum(directions, self.capture.parameters, self.momentum)
+            weights = NodeWeights().of(self.rule.moving)
+            self.rule.path_weights(0.0, weights)
+            with weights_at(weights):
+                carried = self._losses()
+            self._audit = samples, self._losses(), carried
+
+    def end_update(self, optimizer_skipped: bool) -> None:
+        assert self._update is not None
+        audit = None
+        if self._audit is not None:
+            samples, before, carried = self._audit
+            audit = UpdateAudit(samples, before - carried, before - self._losses())
+        finished = self._update.finish(self._step, optimizer_skipped, audit)
+        self._update = self._audit = None
+        self.ledger.append(finished)
+        self.statistics.add(finished)
+
+    def close(self) -> None:
+        """Leaves the optimizer alone."""
+        self._hook.remove()
+
+    def _losses(self) -> Tensor:
+        return self.validation.losses(self.model, self._step)
+
+
+def momentum_of(args: ShapleyConfig) -> Momentum:
+    default = "unrolled" if args.value_order == "first" else "immediate"
+    return cast(Momentum, args.value_momentum or default)
+
+
+def make_pass(
+    args: ShapleyConfig, capture: Capture, validation: Validation, optimizer: Optimizer, rule: UpdateRule
+) -> Pass:
+    scored, momentum = capture.parameters, momentum_of(args)
+    if args.value_order == "first":
+        return OnePass(capture, validation, FirstOrder(optimizer, scored, rule.proxy, momentum))
+    order: SecondOrder | PathOrder | OwenOrder
+    if args.value_order == "second":
+        order = SecondOrder(rule, scored, momentum)
+    elif args.path_slope == "owen" and not rule.is_linear:
+        order = OwenOrder(rule, scored, args.path_nodes, momentum)
+    else:
+        order = PathOrder(rule, scored, args.path_nodes, momentum)
+    return TwoPass(capture, validation, order, cast(SecondPass, args.second_pass))
