@@ -4,6 +4,7 @@ A causal language model predicts the next token, so the first label of a row is 
 scored at the label's own position, and a model with one label a row (sequence classification) has one loss term.
 """
 
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -13,6 +14,8 @@ CAUSAL_LM_NAMES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 def shifts_labels(model: nn.Module) -> bool:
     """Whether the model compares the labels with the predictions made one position earlier."""
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
     return any(cls.__name__ in CAUSAL_LM_NAMES for cls in type(model).__mro__)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -101,6 +102,14 @@ def build(
                 model = GPT2ForSequenceClassification(GPT2Config(**gpt2, **common, num_labels=1))
             case "llama-classifier":
                 model = LlamaForSequenceClassification(LlamaConfig(**llama, **common, num_labels=CLASSES))
+            case "gpt2-lora":
+                adapter = LoraConfig(
+                    r=3, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True, lora_dropout=dropout
+                )
+                model = get_peft_model(GPT2LMHeadModel(GPT2Config(**gpt2, **common)), adapter)
+            case "llama-lora":
+                adapter = LoraConfig(r=3, target_modules=["q_proj", "up_proj"], modules_to_save=["norm"])
+                model = get_peft_model(LlamaForCausalLM(LlamaConfig(**llama, **common)), adapter)
             case _:
                 raise AssertionError(name)
         with torch.no_grad():
@@ -110,6 +119,7 @@ def build(
 
 
 LANGUAGE_MODELS = ("gpt2", "gpt2-untied", "neox", "llama")
+ADAPTERS = ("gpt2-lora", "llama-lora")
 CLASSIFIERS = ("gpt2-classifier", "llama-classifier", "gpt2-regressor")
 
 

@@ -5,7 +5,7 @@ import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from models import build, collate, dataset, text_rows
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, PromptTuningConfig, get_peft_model
 from transformers import DataCollatorWithFlattening, LlamaForCausalLM, TrainingArguments
 
 from hf_datashapley import ShapleyConfig, ShapleyTrainer, load_updates
@@ -29,7 +29,6 @@ def trainer(tmp_path, *, model=None, rows=8, validation="rows", collator=collate
     [
         ({"bf16": True}, "bf16", "bf16=False"),
         ({"torch_compile": True}, "torch_compile", "torch_compile=False"),
-        ({"gradient_checkpointing": True}, "activation checkpointing", "activation_checkpointing=False"),
         ({"use_liger_kernel": True}, "use_liger_kernel", "use_liger_kernel=False"),
         ({"optim": "adagrad"}, "Adagrad", "value_optimizer='sgd'"),
         ({"value_order": "third"}, "value_order='third'", "path"),
@@ -165,9 +164,15 @@ def test_plain_training_arguments(tmp_path):
         ShapleyTrainer(build("gpt2"), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
 
 
-def test_peft_model(tmp_path):
-    model = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="PEFT.*base model"):
+def test_tokens_that_are_no_samples(tmp_path):
+    model = get_peft_model(build("llama"), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="PROMPT_TUNING.*LoraConfig"):
+        trainer(tmp_path, model=model)
+
+
+def test_an_adapter_that_no_rule_covers(tmp_path):
+    model = get_peft_model(build("llama"), IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="no rule covers.*v_proj"):
         trainer(tmp_path, model=model)
 
 

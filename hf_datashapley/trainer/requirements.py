@@ -24,10 +24,6 @@ def check_arguments(args: ShapleyConfig) -> None:
         "fp16": (args.fp16, "set fp16=False"),
         "bf16": (args.bf16, "set bf16=False"),
         "torch_compile": (args.torch_compile, "set torch_compile=False"),
-        "activation checkpointing": (
-            args.gradient_checkpointing,
-            "set activation_checkpointing=False (gradient_checkpointing in older versions)",
-        ),
         "FSDP": (bool(args.fsdp), "leave `fsdp` unset"),
         "DeepSpeed": (args.deepspeed is not None, "leave `deepspeed` unset"),
         "use_liger_kernel": (args.use_liger_kernel, "set use_liger_kernel=False: its fused loss bypasses lm_head"),
@@ -62,8 +58,12 @@ def check_launch(accelerator: Accelerator) -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    if isinstance(model, PeftModel):
-        raise ValueError("ShapleyTrainer does not support PEFT models yet: train the base model")
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        kind = model.active_peft_config.peft_type.value
+        raise ValueError(
+            f"ShapleyTrainer does not support PEFT's {kind} yet, which trains tokens that are no sample's: use an "
+            "adapter of the layers (LoraConfig)"
+        )
     low = {
         str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype not in (torch.float32, torch.float64)
     }
