@@ -120,6 +120,7 @@ class Replay:
     nodes: int = 1
     slope: str = "secant"
     audited: bool = False
+    loss_tolerance: float = 1e-5  # to which the oracle's training loss is Trainer's
     validation_loss: SummedLoss = summed_loss
     scored: Sequence[str] | None = None  # names of scored parameters; None: all that train
 
@@ -273,7 +274,7 @@ class Replay:
             labels = labels.double()
         losses = self.row_losses(logits, labels, micro_batch.num_items, micro_batches)
         total = float(losses.sum().detach())
-        assert relative_error([micro_batch.loss], [total]) < 1e-5, "these are not Trainer's shares"
+        assert relative_error([micro_batch.loss], [total]) < self.loss_tolerance, "these are not Trainer's shares"
         gradients = per_sample_gradients(losses, trainable(self.model))
         return list(zip(self._rows_of(inputs), loss_tokens(labels).tolist(), gradients, strict=True))
 

@@ -73,6 +73,7 @@ def test_every_way_gives_the_same(tmp_path, order):
             dropout=0.2,
             targets=("a", "b"),
             neftune_noise_alpha=3.0,
+            max_steps=3,
             second_pass=second_pass,
             value_kernel=kernel,
             **order,

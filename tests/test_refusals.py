@@ -27,7 +27,6 @@ def trainer(tmp_path, *, model=None, rows=8, validation="rows", collator=collate
 @pytest.mark.parametrize(
     "settings, named, cure",
     [
-        ({"bf16": True}, "bf16", "bf16=False"),
         ({"torch_compile": True}, "torch_compile", "torch_compile=False"),
         ({"use_liger_kernel": True}, "use_liger_kernel", "use_liger_kernel=False"),
         ({"optim": "adagrad"}, "Adagrad", "value_optimizer='sgd'"),
@@ -63,7 +62,6 @@ def test_settings(tmp_path, settings, named, cure):
 @pytest.mark.parametrize(
     "variable, value, named",
     [
-        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed precision bf16.*--mixed_precision no|bf16=False"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo|torch_compile"),
     ],
 )

@@ -30,10 +30,11 @@ class KeptInputs:
         own = {local: directions[name] for local, name in self.parameters.items()}
         if isinstance(self.rule, LinearRule) and "weight" in own:
             # Forming the gradients takes no more products than the rule's way, and no more for further directions.
-            left, right = (self.x, self.b) if self.rule.transposed else (self.b, self.x)
+            x = self.x.to(self.b.dtype)
+            left, right = (x, self.b) if self.rule.transposed else (self.b, x)
             _, scores = sample_weight_gradients(positions(left), positions(right), own["weight"])
             if "bias" in own:
-                scores += positions(self.b).sum(1) @ own["bias"].T
+                scores += positions(self.b).sum(1, dtype=scores.dtype) @ own["bias"].T
             return scores
         return self.rule.scores(self.x, self.b, own)
 
@@ -49,10 +50,10 @@ class KeptGradients:
     gradients: dict[str, Tensor]
 
     def scores(self, directions: dict[str, Tensor]) -> Tensor:
-        some = next(iter(self.gradients.values()))
-        scores = some.new_zeros(some.shape[0], next(iter(directions.values())).shape[0])
+        some = next(iter(directions.values()))
+        scores = some.new_zeros(len(self.gradients["weight"]), some.shape[0])
         for local, gradients in self.gradients.items():
-            scores += gradients.flatten(1) @ directions[self.parameters[local]].flatten(1).T
+            scores += gradients.flatten(1).to(some.dtype) @ directions[self.parameters[local]].flatten(1).T
         return scores
 
     def gradient(self, local: str, i: int) -> Tensor:
@@ -98,10 +99,10 @@ class Kept:
             if not others and isinstance(use, KeptInputs) and isinstance(use.rule, EmbeddingRule):
                 for i in range(self.batch_size):
                     rows, sums = use.rule.rows(use.x[i], use.b[i])
-                    total.index_add_(0, rows, sums.square_())
+                    total.index_add_(0, rows, sums.to(total.dtype).square_())
                 continue
             for i in range(self.batch_size):
-                gradient = use.gradient(local, i)
+                gradient = use.gradient(local, i).to(total.dtype)
                 for other, other_local in others:
                     gradient = gradient + other.gradient(other_local, i)
                 total.addcmul_(gradient, gradient)

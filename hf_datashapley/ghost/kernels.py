@@ -76,9 +76,10 @@ class ScoredLinear(Function):
         bias_direction: Tensor | None,
         transposed: bool,
     ) -> Tensor:
+        x, ctx.input_dtype = cast_input(x)
         ctx.save_for_backward(x, weight, weight_direction, bias_direction)
         ctx.transposed = transposed
-        return F.linear(x, weight.t() if transposed else weight, bias)
+        return linear(x, weight, bias, transposed)
 
     @staticmethod
     @once_differentiable
@@ -86,16 +87,16 @@ class ScoredLinear(Function):
         x, weight, weight_direction, bias_direction = ctx.saved_tensors
         x_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = b @ (weight.t() if ctx.transposed else weight)
+            x_gradient = input_gradient(b, weight, ctx.transposed).to(ctx.input_dtype)
         x_BPI, b_BPO = positions(x), positions(b)
         left, right = (x_BPI, b_BPO) if ctx.transposed else (b_BPO, x_BPI)
         weight_gradient, scores_BK = sample_weight_gradients(left, right, weight_direction)
         if ctx.needs_input_grad[2]:
-            bias_gradient_BO = b_BPO.sum(1)
-            bias_gradient = bias_gradient_BO.sum(0)
+            bias_gradient_BO = b_BPO.sum(1, dtype=weight_direction.dtype)
+            bias_gradient = bias_gradient_BO.sum(0).to(weight.dtype)
             if bias_direction is not None:
                 scores_BK += bias_gradient_BO @ bias_direction.T
-        return x_gradient, weight_gradient, bias_gradient, scores_BK, None, None, None
+        return x_gradient, weight_gradient.to(weight.dtype), bias_gradient, scores_BK, None, None, None
 
 
 class KeptOutput(Function):
@@ -127,9 +128,10 @@ class KeptLinear(Function):
         transposed: bool,
         keep: Callable[[Tensor, Tensor | None], None],
     ) -> Tensor:
+        x, ctx.input_dtype = cast_input(x)
         ctx.save_for_backward(x, weight)
         ctx.transposed, ctx.keep = transposed, keep
-        return F.linear(x, weight.t() if transposed else weight, bias)
+        return linear(x, weight, bias, transposed)
 
     @staticmethod
     @once_differentiable
@@ -137,23 +139,41 @@ class KeptLinear(Function):
         x, weight = ctx.saved_tensors
         x_gradient = bias_gradient = bias_gradient_BO = None
         if ctx.needs_input_grad[0]:
-            x_gradient = b @ (weight.t() if ctx.transposed else weight)
+            x_gradient = input_gradient(b, weight, ctx.transposed).to(ctx.input_dtype)
         x_BPI, b_BPO = positions(x), positions(b)
         left, right = (x_BPI, b_BPO) if ctx.transposed else (b_BPO, x_BPI)
         gradients_BLR = torch.bmm(left.transpose(1, 2), right)
         if ctx.needs_input_grad[2]:
-            bias_gradient_BO = b_BPO.sum(1)
+            bias_gradient_BO = b_BPO.sum(1, dtype=weight.dtype)
             bias_gradient = bias_gradient_BO.sum(0)
         ctx.keep(gradients_BLR, bias_gradient_BO)
-        return x_gradient, gradients_BLR.sum(0), bias_gradient, None, None
+        return x_gradient, gradients_BLR.sum(0, dtype=weight.dtype), bias_gradient, None, None
+
+
+def cast_input(x: Tensor) -> tuple[Tensor, torch.dtype]:
+    """The input as autocast would have a linear layer see it, and its own type, which its gradient has to have."""
+    kind = x.device.type
+    return (x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x), x.dtype
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    weight = weight.to(x.dtype)
+    return F.linear(x, weight.t() if transposed else weight, None if bias is None else bias.to(x.dtype))
+
+
+def input_gradient(b: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    weight = weight.to(b.dtype)
+    return b @ (weight.t() if transposed else weight)
 
 
 def sample_weight_gradients(left_BPL: Tensor, right_BPR: Tensor, direction_KLR: Tensor) -> tuple[Tensor, Tensor]:
     """The batch's weight gradient [L, R], and each sample's inner product with each direction [B, K].
 
     Sample i's gradient is left_i^T right_i. A few of them exist at a time where they fit into the cache, otherwise a
-    block of rows of their sum.
+    block of rows of their sum. In half precision, products are formed in it, and summed up in the directions' type.
     """
+    if left_BPL.dtype != direction_KLR.dtype:
+        return half_weight_gradients(left_BPL, right_BPR, direction_KLR)
     if left_BPL.shape[2] * right_BPR.shape[2] <= BLOCK:
         return small_weight_gradients(left_BPL, right_BPR, direction_KLR)
     return large_weight_gradients(left_BPL, right_BPR, direction_KLR)
@@ -170,6 +190,22 @@ def small_weight_gradients(left_BPL: Tensor, right_BPR: Tensor, direction_KLR: T
         total_LR = gradients.sum(0) if total_LR is None else total_LR.add_(gradients.sum(0))
     assert total_LR is not None
     return total_LR, torch.cat(scores)
+
+
+def half_weight_gradients(left_BPL: Tensor, right_BPR: Tensor, direction_KLR: Tensor) -> tuple[Tensor, Tensor]:
+    """One sample and block of rows at a time: a sum in half precision could not be taken apart again."""
+    num_left, num_right = left_BPL.shape[2], right_BPR.shape[2]
+    total_LR = direction_KLR.new_zeros(num_left, num_right)
+    scores_BK = direction_KLR.new_zeros(len(left_BPL), len(direction_KLR))
+    rows = min(num_left, max(1, BLOCK // num_right))
+    for start in range(0, num_left, rows):
+        block = slice(start, start + rows)
+        direction_KN = direction_KLR[:, block].flatten(1)
+        for i, (left, right) in enumerate(zip(left_BPL, right_BPR, strict=True)):
+            gradient = (left[:, block].t() @ right).to(direction_KLR.dtype)
+            scores_BK[i] += direction_KN @ gradient.flatten()
+            total_LR[block] += gradient
+    return total_LR, scores_BK
 
 
 def large_weight_gradients(left_BPL: Tensor, right_BPR: Tensor, direction_KLR: Tensor) -> tuple[Tensor, Tensor]:

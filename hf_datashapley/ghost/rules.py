@@ -76,6 +76,12 @@ def sum_of(scores: list[Tensor]) -> Tensor:
     return total
 
 
+def full_precision(x: Tensor, b: Tensor, directions: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Products of what a layer saw in half precision accumulate in the directions' type."""
+    dtype = next(iter(directions.values())).dtype
+    return x.to(dtype), b.to(dtype)
+
+
 class LayerRule:
     """How one layer scores: `scores(x, b, directions)` -> [B, K], directions by parameter name, each [K, *shape].
 
@@ -97,6 +103,7 @@ class LinearRule(LayerRule):
         self.transposed = isinstance(layer, Conv1D)
 
     def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor]) -> Tensor:
+        x, b = full_precision(x.to(b.dtype), b, directions)
         weight = directions.get("weight")
         if weight is not None and self.transposed:
             weight = weight.transpose(1, 2)
@@ -105,6 +112,7 @@ class LinearRule(LayerRule):
     def gradient(self, name: str, x: Tensor, b: Tensor) -> Tensor:
         if name == "bias":
             return positions(b)[0].sum(0)
+        x = x.to(b.dtype)
         left, right = (x, b) if self.transposed else (b, x)
         return positions(left)[0].t() @ positions(right)[0]
 
@@ -119,6 +127,7 @@ class EmbeddingRule(LayerRule):
         self.shape = layer.weight.shape
 
     def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor]) -> Tensor:
+        b = b.to(directions["weight"].dtype)
         return embedding_scores(x, b, directions["weight"], self.padding_idx)
 
     def gradient(self, name: str, x: Tensor, b: Tensor) -> Tensor:
@@ -142,6 +151,7 @@ class NormRule(LayerRule):
         self.ndim = ndim
 
     def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor]) -> Tensor:
+        x, b = full_precision(x, b, directions)
         gamma, beta = directions.get("weight"), directions.get("bias")
         x_hat = self.normalise(x) if gamma is not None else x
         if self.ndim > 1:
@@ -165,6 +175,7 @@ class LayerNormRule(NormRule):
 
     def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor]) -> Tensor:
         if directions.keys() == {"weight", "bias"} and len(directions["weight"]) == 1:
+            x, b = full_precision(x, b, directions)
             output = F.layer_norm(x, self.shape, directions["weight"][0], directions["bias"][0], self.eps)
             return sample_dot(output, b).unsqueeze(1)
         return super().scores(x, b, directions)

@@ -22,7 +22,6 @@ def check_arguments(args: ShapleyConfig) -> None:
         "more than one process": (args.world_size > 1, "launch one process (accelerate launch --num_processes 1)"),
         "DataParallel (n_gpu > 1)": (args.n_gpu > 1, "set CUDA_VISIBLE_DEVICES to one GPU"),
         "fp16": (args.fp16, "set fp16=False"),
-        "bf16": (args.bf16, "set bf16=False"),
         "torch_compile": (args.torch_compile, "set torch_compile=False"),
         "FSDP": (bool(args.fsdp), "leave `fsdp` unset"),
         "DeepSpeed": (args.deepspeed is not None, "leave `deepspeed` unset"),
@@ -42,8 +41,8 @@ def check_launch(accelerator: Accelerator) -> None:
     """The same settings where they come from `accelerate launch` or its config file."""
     refused = {
         f"mixed precision {accelerator.mixed_precision}": (
-            accelerator.mixed_precision != "no",
-            "launch with --mixed_precision no",
+            accelerator.mixed_precision not in ("no", "bf16"),
+            "launch with --mixed_precision no or bf16",
         ),
         f"{accelerator.distributed_type.value}": (
             accelerator.distributed_type != DistributedType.NO,

@@ -20,7 +20,7 @@ from ..directions.validation import Validation
 from ..directions.weights import weights_at
 from ..ghost.capture import Capture
 from ..ledger import Ledger
-from ..values.additivity import check_shares
+from ..values.additivity import HALF_TOLERANCE, TOLERANCE, check_shares
 from ..values.statistics import LogStatistics
 from ..values.update import Update, UpdateAudit
 from .config import ShapleyConfig
@@ -44,6 +44,7 @@ class Valuation:
         self.validation = validation
         self.ledger = ledger
         self.audit_steps = args.audit_steps
+        self.tolerance = HALF_TOLERANCE if args.bf16 else TOLERANCE
         self.momentum = momentum_of(args)
         self.rule = UpdateRule(optimizer, cast(Literal["auto", "sgd"], args.value_optimizer))
         self.scores: Pass = make_pass(args, capture, validation, optimizer, self.rule)
@@ -79,7 +80,8 @@ class Valuation:
         assert update is not None
         directions = self.scores.before_step(self.model, update, self._step)
         if not self._shares_checked:
-            self._shares_checked = check_shares(update.own_values(), self.capture.parameters, directions)
+            own, scored = update.own_values(), self.capture.parameters
+            self._shares_checked = check_shares(own, scored, directions, self.tolerance)
         if self.audit_steps and self._step % self.audit_steps == 0:
             if self.momentum == "immediate":
                 samples = update.values().sum(0)
