@@ -129,7 +129,8 @@ def test_a_failed_write_is_raised_and_leaves_no_half_part(tmp_path, monkeypatch)
 
 
 def test_another_runs_ledger_is_refused_at_construction(tmp_path):
-    trained(tmp_path).train()
+    """Where there is a checkpoint, the run may be meant to go on: then `train` decides (test_resume)."""
+    trained(tmp_path, save_strategy="no").train()
     before = {path.name: path.read_bytes() for path in (tmp_path / "values").iterdir()}
     with pytest.raises(ValueError, match="holds the ledger of another run.*`value_dir`"):
         trained(tmp_path)

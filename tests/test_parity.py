@@ -275,6 +275,7 @@ PRIVATE = {
     "_get_dataloader": "(self, dataset, description, batch_size, sampler_fn, is_training, dataloader_key)",
     "_clip_grad_norm": "(self, model)",
     "_save_checkpoint": "(self, model, trial)",
+    "_save_optimizer_and_scheduler": "(self, output_dir)",
     "_remove_unused_columns": "(self, dataset, description)",
     "_get_collator_with_removed_columns": "(self, data_collator, description)",
     "_prepare_inputs": "(self, inputs)",

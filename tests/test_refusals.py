@@ -297,8 +297,8 @@ def test_the_proxy_takes_any_optimizer(tmp_path):
     assert any(run.values()["value"])
 
 
-def test_resume(tmp_path):
-    with pytest.raises(ValueError, match="resume_from_checkpoint.*new output_dir"):
+def test_resume_without_a_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="resume_from_checkpoint=True.*no checkpoint"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
 
 

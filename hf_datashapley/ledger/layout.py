@@ -54,6 +54,28 @@ def parts(directory: Path, kind: str) -> list[Path]:
     return sorted(directory.glob(f"{kind}-*.parquet"))
 
 
+def updates_of(part: Path) -> tuple[int, int]:
+    """The first and the last update that a part is cut at."""
+    first, last = part.stem.split("-")[1:]
+    return int(first), int(last)
+
+
+def complete_parts(directory: Path, kind: str) -> list[Path]:
+    """The parts of updates that are listed; what a killed run has written beyond them is not.
+
+    Raises:
+        ValueError: parts are missing, or overlap.
+    """
+    listed = [updates_of(part) for part in parts(directory, "updates")]
+    for (_, last), (first, _) in zip([(0, 0), *listed], listed, strict=False):
+        if first != last + 1:
+            raise ValueError(
+                f"{directory} has updates up to {last}, and the next part begins with {first}: put the missing part "
+                "back, or take away what lies there twice"
+            )
+    return [part for part in parts(directory, kind) if updates_of(part) in listed]
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Raises `FileNotFoundError` where there is no ledger, `ValueError` for one of another format."""
     path = directory / MANIFEST

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
-from .layout import audit_schema, parts, read_manifest, updates_schema, value_columns, values_schema
+from .layout import audit_schema, complete_parts, read_manifest, updates_schema, value_columns, values_schema
 
 
 def load_values(value_dir: str | Path) -> Dataset:
@@ -79,8 +79,16 @@ def _summed(directory: Path, keys: list[str]) -> Dataset:
 
 
 def _table(directory: Path, kind: str, schema: pa.Schema) -> pa.Table:
-    found = [str(part) for part in parts(directory, kind)]
-    return pads.dataset(found, schema=schema, format="parquet").to_table() if found else schema.empty_table()
+    tables = [schema.empty_table()]
+    for part in complete_parts(directory, kind):
+        try:
+            tables.append(pq.read_table(part, schema=schema))
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{part} is damaged ({error}): put a copy of it back; without one, its updates have no values, and "
+                "the run has to be resumed from a checkpoint before them"
+            ) from error
+    return pa.concat_tables(tables)
 
 
 def _as_dataset(table: pa.Table) -> Dataset:

@@ -26,9 +26,12 @@ from .layout import (
     KINDS,
     MANIFEST,
     audit_schema,
+    complete_parts,
     loss_columns,
     part_name,
     parts,
+    read_manifest,
+    updates_of,
     updates_schema,
     value_columns,
     values_schema,
@@ -38,6 +41,8 @@ from .layout import (
 logger = logging.get_logger(__name__)
 
 ROWS_PER_PART = 1_000_000
+# Settings that may be others when a run goes on.
+VERSIONS = ("hf_datashapley", "transformers", "torch")
 # Updates that may wait on the device: a few small tensors each.
 PENDING_UPDATES = 256
 
@@ -49,23 +54,26 @@ class Ledger:
         directory: where it lies; made when it is missing.
         targets: names of the validation targets, [""] for one without a name.
         settings: what the manifest says of the run, as JSON.
+        after: the update that the run goes on after; 0: it begins.
 
     Raises:
-        ValueError: the directory holds a ledger already.
+        ValueError: the directory holds a ledger already; or, where the run goes on, that of another run, or not all
+            updates up to then.
     """
 
-    def __init__(self, directory: str | Path, targets: list[str], settings: dict[str, Any]):
+    def __init__(self, directory: str | Path, targets: list[str], settings: dict[str, Any], after: int = 0):
         self.directory = Path(directory)
         self.targets = targets
-        refuse_existing(self.directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        manifest = {
-            "format": FORMAT,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "targets": [target for target in targets if target],
-            **settings,
-        }
-        write_whole(self.directory / MANIFEST, json.dumps(manifest, indent=2).encode())
+        self.after = after
+        described = {"targets": [target for target in targets if target], **settings}
+        if after:
+            check_continues(self.directory, described, after)
+        else:
+            refuse_existing(self.directory)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            manifest = {"format": FORMAT, "created": created, **described}
+            write_whole(self.directory / MANIFEST, json.dumps(manifest, indent=2).encode())
         self._pending: list[UpdateValues] = []
         self._rows: list[pa.Table] = []
         self._updates: list[pa.Table] = []
@@ -146,12 +154,14 @@ class Ledger:
             (self.directory / MANIFEST).unlink(missing_ok=True)
 
     def restart(self) -> None:
-        """Forgets what this run has written: its training loop has begun again from the first update."""
+        """Forgets what was written after the update that the run goes on after: its training loop begins there."""
         self._pending, self._rows, self._updates, self._audits, self._num_rows = [], [], [], [], 0
         self._wait()
-        for kind in KINDS:
+        # The list of updates first: what it does not list is not read.
+        for kind in ("updates", "values", "audit"):
             for part in parts(self.directory, kind):
-                part.unlink()
+                if updates_of(part)[0] > self.after:
+                    part.unlink()
 
     def _write(self) -> None:
         if not self._rows:
@@ -174,6 +184,31 @@ def refuse_existing(directory: Path) -> None:
         raise ValueError(
             f"value_dir {directory} holds the ledger of another run, which is never overwritten: set `value_dir` (or "
             "`output_dir`) to a new folder, or move the old one away"
+        )
+
+
+def check_continues(directory: Path, described: dict[str, Any], after: int) -> None:
+    """Raises `ValueError` unless the ledger is that of the run so described, cut at update `after`."""
+    try:
+        manifest = read_manifest(directory)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"resume_from_checkpoint goes on after update {after}, but {directory} holds no ledger of the updates "
+            "before: set `value_dir` to the folder of the run that wrote the checkpoint"
+        ) from error
+    settings, before = described["settings"], manifest["settings"]
+    different = [name for name in settings if name not in VERSIONS and settings[name] != before.get(name)]
+    different += [name for name in ("targets", "unit") if described[name] != manifest[name]]
+    if different:
+        raise ValueError(
+            f"resume_from_checkpoint: {', '.join(different)} differ from those that {directory / MANIFEST} was begun "
+            "with: resume with the same settings, or start a new run with a new `output_dir`"
+        )
+    ends = [updates_of(part)[1] for part in complete_parts(directory, "updates")]
+    if after not in ends:
+        raise ValueError(
+            f"resume_from_checkpoint goes on after update {after}, where the ledger in {directory} is not cut (its "
+            f"parts end at {', '.join(map(str, ends)) or 'none'}): take a checkpoint of the run that wrote it"
         )
 
 

@@ -51,6 +51,11 @@ class MicroBatch:
 
 
 class Pass(Protocol):
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has to keep."""
+
+    def restore(self, state: dict[str, Tensor]) -> None: ...
+
     def begin(self, model: nn.Module, update: Update, step: int) -> None: ...
 
     def micro_batch(self, update: Update, micro_batch: MicroBatch) -> Tensor:
@@ -69,6 +74,14 @@ class OnePass:
         self.order = order
         self._gradients: dict[str, Tensor] | None = None
         self._directions: dict[str, Tensor] = {}
+
+    def state(self) -> dict[str, Tensor]:
+        """A validation gradient that serves several updates, and its losses under a name that no parameter has."""
+        return {} if self._gradients is None else {**self._gradients, "": self._losses}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self._losses = state.pop("")
+        self._gradients = state
 
     def begin(self, model: nn.Module, update: Update, step: int) -> None:
         if self._gradients is None or self.validation.fresh(step):
@@ -105,6 +118,12 @@ class TwoPass:
         self._kept: list[Kept] = []
         self._replays: list[tuple[RandomState, MicroBatch]] = []
         self._squares: dict[str, Tensor] = {}
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        raise AssertionError("nothing was saved")
 
     def begin(self, model: nn.Module, update: Update, step: int) -> None:
         self._kept, self._replays = [], []

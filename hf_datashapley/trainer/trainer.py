@@ -28,6 +28,8 @@ import transformers
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from .. import __version__
 from ..directions.second_order import check_twice_differentiable
@@ -89,7 +91,8 @@ class ShapleyTrainer(Trainer):
         requirements.check_collator(self.data_collator)
         requirements.check_rows(self.train_dataset, "train_dataset")
         requirements.check_optimizer_choice(self, args)
-        refuse_existing(Path(self.value_dir))
+        if last_checkpoint(args.output_dir) is None:  # else the run may go on
+            refuse_existing(Path(self.value_dir))
         self._make_capture()
         self._sample_ids = read_sample_ids(self.train_dataset, args.sample_id_column, progress=self._shows_progress)
         self._targets = read_targets(
@@ -104,6 +107,7 @@ class ShapleyTrainer(Trainer):
             check_twice_differentiable(self.model, self._validation, self._capture.parameters)
         self._ledger: Ledger | None = None
         self._valuation: Valuation | None = None
+        self._checkpoint: str | None = None
         # First of all: when the user's callbacks look at the values, the update they follow is among them.
         self.callback_handler.callbacks.insert(0, UpdateBoundaries(self))
 
@@ -146,6 +150,8 @@ class ShapleyTrainer(Trainer):
         self._validation = self._make_validation()
         optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
         self._valuation = Valuation(self.model, self.args, self._capture, self._validation, optimizer, self._ledger)
+        if self._checkpoint is not None:
+            self._valuation.load(self._checkpoint)
 
     def _end_update(self) -> None:
         assert self._valuation is not None
@@ -199,7 +205,20 @@ class ShapleyTrainer(Trainer):
         finally:
             self.label_smoother = smoother
 
-    def _make_ledger(self) -> Ledger:
+    def _checkpoint_of(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        if not resume_from_checkpoint:
+            return None
+        if isinstance(resume_from_checkpoint, str):
+            return resume_from_checkpoint
+        found = last_checkpoint(self.args.output_dir)
+        if found is None:
+            raise ValueError(
+                f"resume_from_checkpoint=True, but output_dir {self.args.output_dir} holds no checkpoint: name one, "
+                "or start without it"
+            )
+        return found
+
+    def _make_ledger(self, after: int) -> Ledger:
         args, follows_path = self.args, self.args.value_order == "path"
         settings = {
             "unit": args.value_unit,
@@ -225,7 +244,7 @@ class ShapleyTrainer(Trainer):
                 "torch": torch.__version__,
             },
         }
-        return Ledger(self.value_dir, [target.name for target in self._targets], settings)
+        return Ledger(self.value_dir, [target.name for target in self._targets], settings, after)
 
     def _flush(self) -> None:
         if self._ledger is not None:
@@ -238,17 +257,20 @@ class ShapleyTrainer(Trainer):
     ) -> Any:
         """As `Trainer.train`. The ledger is complete when it returns or raises.
 
+        With `resume_from_checkpoint` the ledger in `value_dir` goes on after the checkpoint's update; what an
+        interrupted run wrote after it is discarded. The values are those of a run that was never interrupted.
+
         Raises:
-            ValueError: `value_dir` holds the ledger of an earlier run; `resume_from_checkpoint` is asked for.
+            ValueError: `value_dir` holds the ledger of an earlier run; or, resuming, it does not hold this run's, or
+                not all updates up to the checkpoint.
         """
-        if resume_from_checkpoint:
-            raise ValueError(
-                "ShapleyTrainer does not support resume_from_checkpoint yet: load the checkpoint's weights into the "
-                "model and start a new run with a new output_dir"
-            )
-        self._ledger = self._make_ledger()
+        self._checkpoint = self._checkpoint_of(resume_from_checkpoint)
+        after = 0
+        if self._checkpoint is not None:
+            after = TrainerState.load_from_json(os.path.join(self._checkpoint, TRAINER_STATE_NAME)).global_step
+        self._ledger = self._make_ledger(after)
         try:
-            return super().train(None, trial, ignore_keys_for_eval)
+            return super().train(self._checkpoint, trial, ignore_keys_for_eval)
         finally:
             self._end_run()
             self._ledger.close()
@@ -326,6 +348,15 @@ class ShapleyTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._flush()
         super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._valuation is not None:
+            self._valuation.save(output_dir)
+
+
+def last_checkpoint(output_dir: str) -> str | None:
+    return get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
 
 
 class UpdateBoundaries(TrainerCallback):

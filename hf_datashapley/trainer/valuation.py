@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, cast
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,6 +27,9 @@ from ..values.statistics import LogStatistics
 from ..values.update import Update, UpdateAudit
 from .config import ShapleyConfig
 from .passes import MicroBatch, OnePass, Pass, SecondPass, TwoPass
+
+
+STATE = "shapley.safetensors"
 
 
 class Valuation:
@@ -103,6 +108,17 @@ class Valuation:
         self._update = self._audit = None
         self.ledger.append(finished)
         self.statistics.add(finished)
+
+    def save(self, folder: str) -> None:
+        """Into a checkpoint's folder, what cannot be computed again when the run goes on from there."""
+        kept = self.scores.state()
+        if kept:
+            save_file(kept, Path(folder) / STATE)
+
+    def load(self, folder: str) -> None:
+        path = Path(folder) / STATE
+        if path.exists():
+            self.scores.restore(load_file(path, device=str(next(iter(self.capture.parameters.values())).device)))
 
     def close(self) -> None:
         """Leaves the optimizer alone."""

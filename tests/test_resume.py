@@ -1,0 +1,167 @@
+"""A run that goes on from a checkpoint leaves the ledger of a run that was never interrupted."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import build, collate, dataset, text_rows
+from transformers import TrainerCallback
+
+from hf_datashapley import ShapleyConfig, ShapleyTrainer, load_audit, load_updates, load_value_history
+
+
+UPDATES = 12
+ORDERS = {
+    "first": {},
+    "stale gradient": {"validation_interval": 5},
+    "path": {"value_order": "path", "audit_steps": 2},
+    "owen": {"value_order": "path", "path_slope": "owen"},
+}
+
+
+def make(folder, **settings):
+    """12 updates with dropout, clipping, accumulation 2, a checkpoint every 3, two of them kept."""
+    arguments = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": UPDATES,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "save_steps": 3,
+        "save_total_limit": 2,
+        "logging_steps": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "value_kernel": "project",
+        **settings,
+    }
+    return ShapleyTrainer(
+        build("gpt2", dropout=0.1),
+        ShapleyConfig(output_dir=str(folder), **arguments),
+        train_dataset=dataset(text_rows(20), ids=range(100, 120)),
+        validation_dataset={"a": dataset(text_rows(5, seed=8)), "b": dataset(text_rows(4, seed=9))},
+        data_collator=collate,
+    )
+
+
+def tables(folder):
+    return [read(folder / "values")[:] for read in (load_value_history, load_updates, load_audit)]
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self, after):
+        self.after = after
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [4, 8])
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_values_are_those_of_a_run_never_interrupted(tmp_path, order, after):
+    make(tmp_path / "whole", **order).train()
+    broken = make(tmp_path / "broken", **order)
+    broken.add_callback(Interrupt(after))
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    assert len(load_updates(tmp_path / "broken" / "values")) == after
+    make(tmp_path / "broken", **order).train(resume_from_checkpoint=True)
+    assert tables(tmp_path / "broken") == tables(tmp_path / "whole")
+
+
+def test_an_earlier_checkpoint_discards_what_came_after(tmp_path):
+    make(tmp_path / "run").train()
+    whole = tables(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-9"]
+    make(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-9"))
+    assert tables(tmp_path / "run") == whole
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, os.path.dirname({here!r}))
+from test_resume import make
+from transformers import TrainerCallback
+
+class Kill(TrainerCallback):
+    "In the midst of whatever the process does at that moment."
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == {step}:
+            import threading, time
+            def kill():
+                time.sleep({delay})
+                os.kill(os.getpid(), signal.SIGKILL)
+            threading.Thread(target=kill).start()
+
+trainer = make({folder!r})
+trainer.add_callback(Kill())
+from transformers.trainer_utils import get_last_checkpoint
+trainer.train(resume_from_checkpoint=get_last_checkpoint({folder!r}) if os.path.isdir({folder!r}) else None)
+"""
+
+
+@pytest.mark.slow
+def test_killed_twice_and_resumed(tmp_path):
+    make(tmp_path / "whole").train()
+    folder = tmp_path / "killed"
+    for step, delay in ((5, 0.01), (9, 0.0)):
+        code = KILLED.format(here=__file__, step=step, delay=delay, folder=str(folder))
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert process.returncode == -signal.SIGKILL, process.stderr
+    trainer = make(folder)
+    trainer.train(resume_from_checkpoint=True)
+    assert tables(folder) == tables(tmp_path / "whole")
+
+
+def test_another_runs_ledger_cannot_go_on(tmp_path):
+    make(tmp_path / "run").train()
+    with pytest.raises(ValueError, match="value_momentum.*differ.*same settings"):
+        make(tmp_path / "run", value_momentum="immediate").train(
+            resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-9")
+        )
+    with pytest.raises(ValueError, match="holds the ledger of another run"):
+        make(tmp_path / "run").train()
+    with pytest.raises(ValueError, match="holds no ledger.*value_dir"):
+        make(tmp_path / "run", value_dir=str(tmp_path / "elsewhere")).train(resume_from_checkpoint=True)
+
+
+def test_a_ledger_that_is_not_cut_there_cannot_go_on(tmp_path):
+    make(tmp_path / "run").train()
+    os.rename(tmp_path / "run" / "checkpoint-9", tmp_path / "run" / "checkpoint-10")
+    state = tmp_path / "run" / "checkpoint-10" / "trainer_state.json"
+    state.write_text(state.read_text().replace('"global_step": 9', '"global_step": 10'))
+    with pytest.raises(ValueError, match="update 10.*not cut.*3, 6, 9, 12"):
+        make(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10"))
+
+
+@pytest.mark.parametrize("kind", ["values", "updates"])
+def test_a_truncated_part_is_named(tmp_path, kind):
+    make(tmp_path / "run").train()
+    part = next(Path(tmp_path / "run" / "values").glob(f"{kind}-000000004-*"))
+    part.write_bytes(part.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=f"{part.name} is damaged.*resumed from a checkpoint"):
+        tables(tmp_path / "run")
+
+
+def test_a_missing_part_is_named(tmp_path):
+    make(tmp_path / "run").train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-9")
+    next(Path(tmp_path / "run" / "values").glob("updates-000000004-*")).unlink()
+    with pytest.raises(ValueError, match="up to 3, and the next part begins with 7"):
+        tables(tmp_path / "run")
+
+
+def test_rows_of_updates_that_are_not_listed_are_not_read(tmp_path):
+    """A kill between the two files of a part."""
+    make(tmp_path / "run").train()
+    whole = tables(tmp_path / "run")
+    values = tmp_path / "run" / "values"
+    last = next(values.glob("values-000000010-*"))
+    shutil.copy(last, values / last.name.replace("000000010", "000000013").replace("000000012", "000000015"))
+    assert tables(tmp_path / "run") == whole
