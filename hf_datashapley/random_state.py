@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass
 class RandomState:
-    """All global generators as they stand: torch's on the CPU and on the accelerator in use, Python's, NumPy's."""
+    """All global generators as they stand: torch's on the CPU and on the current CUDA device, Python's, NumPy's."""
 
     cpu: Tensor = field(default_factory=torch.get_rng_state)
     accelerator: Tensor | None = field(

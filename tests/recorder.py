@@ -146,7 +146,8 @@ class Replay:
                 gradient, loss = self._validation_gradient(target, rows)
                 u = direction(gradient, {name: self._factor(update, name) for name in gradient})
             else:
-                u, loss = self._two_pass_direction(update, clipped, squares, len(samples), target, rows)
+                players = sum(count > 0 for _, count, _ in samples)
+                u, loss = self._two_pass_direction(update, clipped, squares, players, target, rows)
             sums: dict[int, float] = {}
             for row, _, sample in samples:
                 sums[row] = sums.get(row, 0.0) + clip * inner(sample, u, names)

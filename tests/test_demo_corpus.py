@@ -25,6 +25,7 @@ from transformers.utils import logging
 from hf_datashapley import load_values
 from hf_datashapley.cli.main import main
 from hf_datashapley.demo import harvest, junk, measure, models
+from hf_datashapley.demo.config import DemoConfig
 from hf_datashapley.demo.corpus import (
     Document,
     choose_targets,
@@ -283,6 +284,22 @@ def test_auc_of_nothing_is_not_a_number():
     assert math.isnan(measure.auc(np.array([]), np.array([1.0])))
 
 
+def test_audits_are_summed_by_target():
+    rows = [
+        {"step": step, "target": target, "samples": 0.1, "carried": -0.3, "predicted": -0.2, "actual": 0.04 * step}
+        for step in (2, 4)
+        for target in ("code", "prose")
+    ]
+    lines = measure.align(measure.audit_table(Dataset.from_list(rows), ["prose"])).splitlines()
+    assert len(lines) == 2 and lines[1].split() == ["prose", "+0.200", "-0.600", "-0.400", "+0.240"]
+
+
+@pytest.mark.parametrize(("updates", "every"), [(1, 1), (40, 2), (300, 12), (10_000, 400)])
+def test_about_25_updates_are_audited(updates, every):
+    assert DemoConfig(updates=updates).audit_steps == every
+    assert DemoConfig(updates=updates, audit_steps=0).audit_steps == 0
+
+
 @pytest.fixture
 def samples():
     values = Dataset.from_dict(
@@ -396,6 +413,10 @@ def test_help_of_the_demo_shows_what_can_be_changed(capsys):
         "--seed",
         "--output-dir",
         "--value_kernel",
+        "--value_order",
+        "--path_nodes",
+        "--path_slope",
+        "--audit_steps",
         "examples",
     ):
         assert option in shown
@@ -405,6 +426,9 @@ def test_help_of_the_demo_shows_what_can_be_changed(capsys):
     ("arguments", "message"),
     [
         (["--updates", "0"], "--updates 0: give at least 1"),
+        (["--path_nodes", "0"], "--path_nodes 0: give at least 1"),
+        (["--audit_steps", "-1"], "--audit_steps -1: give at least 0"),
+        (["--value_order", "path", "--validation_interval", "2"], "--validation_interval 2: order path"),
         (["--junk_share", "0.9"], "--junk_share 0.9"),
         (["--learning_rate", "nan"], "--learning_rate nan"),
         (["--seed", "-1"], "--seed -1"),
@@ -447,6 +471,7 @@ def test_a_whole_run_on_a_corpus_and_a_model_from_a_folder(tmp_path, capsys):
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
     arguments = ["--corpus", str(corpus), "--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
     options = ["--updates", "4", "--batch_size", "8", "--junk_share", "0.5", "--targets", "b", "a"]
+    options += ["--value_order", "path", "--path_nodes", "2", "--path_slope", "owen"]
     assert main(["demo", *arguments, *options]) == 0
     shown = capsys.readouterr().out
     run = tmp_path / "out" / "run-1"
@@ -454,6 +479,7 @@ def test_a_whole_run_on_a_corpus_and_a_model_from_a_folder(tmp_path, capsys):
         assert (run / name).exists() and str(run / name) in shown
     for said in ("value for b", "value for a", "junk: repetition", "of Trainer's", "own domain over junk"):
         assert said in shown
+    assert "Sums over 4 audited updates" in shown and "Do the values add up?" in (run / "report.html").read_text()
     samples = load_dataset("parquet", data_files=str(run / "samples.parquet"), split="train", cache_dir=str(tmp_path))
     written = {row["sample_id"]: row["value_b"] for row in load_values(str(run / "values"))}
     assert {row["sample_id"]: row["value_b"] for row in samples} == written

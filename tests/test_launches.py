@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from models import ADAPTERS, build, collate, dataset, text_rows
 from oracles import Float64, relative_error
+from prepared import config, prepare, two_groups
 from recorder import assert_history
-from runs import config, prepare, two_groups
 from torch.optim import SGD, AdamW
 from transformers import Trainer
 
@@ -108,3 +109,23 @@ def test_bf16_autocast_trains_as_plain_trainer_does(tmp_path, name):
     found, own = losses[ShapleyTrainer, "project"]
     assert found == truth and all(torch.equal(w, t) for w, t in zip(own, weights, strict=True))
     assert relative_error(losses[ShapleyTrainer, "fused"][0], truth) < 5e-3
+
+
+def test_bf16_from_accelerate_launch(tmp_path, monkeypatch):
+    """Rows one by one, where the shares' rounding shows most; the arguments do not say bf16."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        trainer, _ = prepare(
+            tmp_path,
+            "llama",
+            two_groups(SGD, momentum=0.9),
+            value_kernel="project",
+            per_device_train_batch_size=1,
+            max_steps=2,
+        )
+        assert trainer.accelerator.mixed_precision == "bf16" and not trainer.args.bf16
+        trainer.train()
+        assert any(trainer.values()["value"])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -32,6 +32,12 @@ def trainer(tmp_path, *, model=None, rows=8, validation="rows", collator=collate
         ({"optim": "adagrad"}, "Adagrad", "value_optimizer='sgd'"),
         ({"value_order": "third"}, "value_order='third'", "path"),
         ({"value_order": "path", "path_nodes": 0}, "path_nodes=0", "at least 1"),
+        ({"value_optimizer": "sgd", "optim": "adagrad", "audit_steps": 1}, "Adagrad", "without audit_steps"),
+        (
+            {"value_order": "path", "path_slope": "owen", "value_momentum": "unrolled"},
+            "path_slope='owen'",
+            "value_momentum='immediate'",
+        ),
         ({"path_slope": "tangent"}, "path_slope='tangent'", "owen"),
         ({"second_pass": "third"}, "second_pass='third'", "replay"),
         ({"audit_steps": -1}, "audit_steps=-1", "0 for no audit"),

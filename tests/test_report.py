@@ -32,16 +32,25 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
         self.rows: dict[str, list[str]] = {}  # name -> data-value of each cell
+        self.audit: list[list[float]] = []  # data-value of each cell, a list per target
         self._open: list[str] = []
         self._row: list[str] | None = None
+        self._table: str | None = None
         self.feed(self.source)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
         self.tags.append((tag, values))
         self._open.append(tag)
-        if tag == "tr":
+        if tag == "table":
+            self._table = values.get("id")
+        elif tag == "tr":
             self._row = None
+        elif self._table == "audit":
+            if tag == "th" and values.get("scope") == "row":
+                self.audit.append([])
+            elif tag == "td":
+                self.audit[-1].append(float(str(values["data-value"])))
         elif tag == "th" and values.get("scope") == "row" and "data-value" in values:
             self._row = self.rows.setdefault(str(values["data-value"]), [])
         elif tag == "td" and self._row is not None:
@@ -164,8 +173,61 @@ def test_headline(tmp_path: Path) -> None:
     assert "91%" in text
 
 
+def audit_of(targets: tuple[str, ...], updates: int) -> Dataset:
+    """Every other update was audited."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for step in range(2, updates + 1, 2):
+        for target in targets:
+            samples, carried, error = rng.normal(0.01, 0.01, 3)
+            row = {"step": step, "target": target, "samples": samples, "carried": carried}
+            rows.append({**row, "predicted": samples + carried, "actual": samples + carried + error})
+    return Dataset.from_list(rows)
+
+
+def test_audit_shows_its_sums(tmp_path: Path) -> None:
+    audit = audit_of(("code", "prose"), 12)
+    page = written(tmp_path, **tiny_run(), audit=audit)
+    rows = audit.to_pandas()
+    expected = [
+        [*rows.loc[rows["target"] == target, ["samples", "carried", "predicted", "actual"]].sum(), 6]
+        for target in ("code", "prose")
+    ]
+    np.testing.assert_allclose(page.audit, expected, rtol=1e-12)
+    assert "Do the values add up?" in page.text
+    assert f"{expected[0][2]:+.4f}" in page.text
+
+
+def test_audit_without_rows_is_not_spoken_of(tmp_path: Path) -> None:
+    for audit in (None, audit_of(("code", "prose"), 12).select([])):
+        page = written(tmp_path, **tiny_run(), audit=audit)
+        assert not page.audit and "add up?" not in page.text
+
+
+def test_audit_of_an_unnamed_target(tmp_path: Path) -> None:
+    audit = audit_of(("validation",), 12)
+    page = written(tmp_path, **tiny_run(targets=("",)), audit=audit)
+    np.testing.assert_allclose(page.audit, [[*(sum(audit[name]) for name in audit.column_names[2:]), 6]], rtol=1e-12)
+
+
+def test_audited_updates_that_went_astray_are_left_out(tmp_path: Path) -> None:
+    rows = audit_of(("code", "prose"), 12).to_list()
+    rows[0]["actual"] = float("nan")
+    rows[-1]["actual"] = rows[-1]["predicted"] = float("inf")
+    page = written(tmp_path, **tiny_run(), audit=Dataset.from_list(rows))
+    assert [cells[4] for cells in page.audit] == [5, 5]
+    assert page.audit[0][3] == pytest.approx(sum(row["actual"] for row in rows[2::2]))
+
+
+def test_many_audited_updates_are_thinned_out(tmp_path: Path) -> None:
+    run = tiny_run(targets=("",), samples=600, updates=600)
+    page = written(tmp_path, **run, audit=audit_of(("validation",), 600))
+    assert page.audit[0][4] == 300
+    assert "(60 of 300 are drawn)" in page.text
+
+
 def test_page_needs_nothing_from_outside(tmp_path: Path) -> None:
-    page = written(tmp_path, **tiny_run())
+    page = written(tmp_path, **tiny_run(), audit=audit_of(("code", "prose"), 12))
     assert "http://" not in page.source and "https://" not in page.source
     assert not {"link", "img", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
     for _, attributes in page.tags:

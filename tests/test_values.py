@@ -18,8 +18,8 @@ from oracles import (
     relative_error,
     token_losses,
 )
+from prepared import OPTIMIZERS, prepare, two_groups
 from recorder import Recorder, assert_history, history_of
-from runs import OPTIMIZERS, prepare, two_groups
 from torch.optim import SGD, AdamW
 from torch.utils.data import RandomSampler
 from transformers.integrations.neftune import activate_neftune

@@ -17,7 +17,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
 
-from ..ledger import load_updates
+from ..ledger import load_audit, load_updates
 from ..report import write_report
 from ..trainer import ShapleyConfig, ShapleyTrainer
 from . import harvest, junk, measure, models
@@ -41,6 +41,11 @@ from .throughput import measure_throughput
 ROW_TOKENS = 256
 CHARACTERS_PER_TOKEN = 4  # more than a BPE of this size reaches, so that enough is harvested
 LEAST_CHARACTERS = 2_000_000  # for a short run too, so that there are documents enough to hold out
+ORDERS = {
+    "first": "to first order. That orders documents; it overstates amounts, most of all early in training",
+    "second": "to second order; what momentum and weight decay did alone is nobody's",
+    "path": "along each step of the optimizer; what momentum and weight decay did alone is nobody's",
+}
 WRITTEN = {
     "report.html": "the pictures, the best and the worst documents",
     "documents.parquet": "a value for each document and target",
@@ -78,12 +83,17 @@ def demo(config: DemoConfig) -> None:
         "weight_decay": 0.1,
         "max_grad_norm": 1.0,
         "logging_steps": 10,
+        # Unset, it follows transformers' verbosity: once that is low, Trainer prints every row of its log instead.
+        "disable_tqdm": False,
         "save_strategy": "no",
         "report_to": "none",
         "dataloader_pin_memory": False,
         "seed": config.seed,
     }
     valuation: dict[str, Any] = {
+        "value_order": config.value_order,
+        "path_nodes": config.path_nodes,
+        "path_slope": config.path_slope,
         "value_optimizer": config.value_optimizer,
         "value_momentum": config.value_momentum,
         "value_kernel": config.value_kernel,
@@ -92,7 +102,7 @@ def demo(config: DemoConfig) -> None:
     }
     trainer = ShapleyTrainer(
         model=model,
-        args=ShapleyConfig(**training, **valuation),
+        args=ShapleyConfig(**training, **valuation, audit_steps=config.audit_steps or 0),
         train_dataset=data.train,
         validation_dataset=data.validation,
         data_collator=pad_rows,
@@ -108,6 +118,8 @@ def demo(config: DemoConfig) -> None:
     say(4, "Throughput: short blocks of Trainer and ShapleyTrainer in turn, on the same rows")
     throughput = measure_throughput(make_model, data.train, data.validation, training, valuation)
     scored = config.validation_batch_size * len(targets) / config.validation_interval
+    if config.value_order == "path":
+        scored *= config.path_nodes
     ceiling = config.batch_size / (config.batch_size + scored)
     cost: dict[str, object] = {
         "throughput kept": f"{throughput.kept:.2f} of Trainer's",
@@ -115,9 +127,11 @@ def demo(config: DemoConfig) -> None:
         "ceiling of the method": f"about {ceiling:.2f}: {scored:g} validation to {config.batch_size} training rows",
         "training": f"{clock:.0f} s",
     }
+    if config.audit_steps:
+        cost["audit"] = f"3 validation forward passes every {config.audit_steps} updates, not in the throughput"
 
     say(5, "Values and report")
-    updates = load_updates(trainer.value_dir)
+    updates, audit = load_updates(trainer.value_dir), load_audit(trainer.value_dir)
     samples = measure.label(trainer.values(), data.units)
     per_document = measure.document_values(samples)
     samples.to_parquet(folder / "samples.parquet")
@@ -131,14 +145,22 @@ def demo(config: DemoConfig) -> None:
         settings={"parameters": size, **asdict(config)},
         cost=cost,
         title=f"{config.model} on {config.corpus or 'the text of a Python installation'}",
+        audit=audit,
     )
 
     print(f"\n{align(measure.domain_table(per_document))}")
     print(
         "\nValues are nats of validation loss: how far training on the documents lowered the target's loss (+) or\n"
-        "raised it (-), to first order. That orders documents; it overstates amounts, most of all early in training:"
+        f"raised it (-), {ORDERS[config.value_order]}:"
     )
     print(align(measure.loss_table(updates, samples, targets)))
+    if len(audit):
+        print(
+            f"\nDo they add up? Sums over {len(set(audit['step']))} audited updates, nats: what the values (each with "
+            "what it moved in that\nvery update) and what momentum and weight decay alone say, which together is "
+            "predicted, and the measured\nfall of the loss on the same rows:"
+        )
+        print(align(measure.audit_table(audit, targets)))
     print(
         "\nHow well value ranks documents (AUC: the chance that a document of the target's own domain has more value\n"
         "per token than one of the others; 0.5 is chance), as it came out:"

@@ -88,6 +88,16 @@ def loss_table(updates: Dataset, samples: Dataset, targets: Sequence[str]) -> li
     return table
 
 
+def audit_table(audit: Dataset, targets: Sequence[str]) -> list[list[str]]:
+    """Sums over the audited updates: what values and momentum account for, and what was measured, in nats."""
+    table = [["target", "sum of values", "momentum, decay", "predicted", "measured"]]
+    for target in targets:
+        rows = [row for row in audit if row["target"] == target]
+        sums = (sum(row[name] for row in rows) for name in ("samples", "carried", "predicted", "actual"))
+        table.append([target, *(f"{nats:+.3f}" for nats in sums)])
+    return table
+
+
 def domain_table(documents: Dataset) -> list[list[str]]:
     """Cells of the table domain x target, with its two header rows and the sum over all domains at the end."""
     columns = value_columns(documents)

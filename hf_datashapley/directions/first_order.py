@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from .optimizers import Momentum, check_groups, check_optimizer_class, row_blocks, taken_up
+from .optimizers import Momentum, check_groups, check_optimizer_class, power_complement, row_blocks, taken_up
 
 
 class FirstOrder:
@@ -111,8 +111,8 @@ def scale_by_adam(
         return
     beta1, beta2 = group["betas"]
     steps = state["step"].double()
-    share = (1 - beta1) / -torch.expm1((steps + 1) * math.log(beta1)) if momentum == "immediate" and beta1 > 0 else 1.0
-    correction = (-torch.expm1(steps * math.log(beta2))).sqrt()
+    share = (1 - beta1) / power_complement(beta1, steps + 1) if momentum == "immediate" else 1.0
+    correction = power_complement(beta2, steps).sqrt()
     factor = correction * group["lr"] * share
     offset = group["eps"] * correction
     second_moment = state["exp_avg_sq"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -18,7 +20,8 @@ def check_optimizer_class(optimizer_class: type) -> None:
     if optimizer_class not in KNOWN:
         raise ValueError(
             f"value_optimizer='auto' knows torch's SGD, Adam and AdamW, not {optimizer_class.__name__}; choose one of "
-            "them with `optim`, or value_optimizer='sgd' to value the run as if plain SGD had trained it"
+            "them with `optim`, or value_optimizer='sgd' (without audit_steps) to value the run as if plain SGD had "
+            "trained it"
         )
 
 
@@ -38,6 +41,11 @@ def check_groups(optimizer: Optimizer) -> None:
 def taken_up(group: dict[str, Any], state: dict[str, Any]) -> float:
     """The part of a gradient that SGD's momentum buffer takes up: all of it at a parameter's first step."""
     return 1.0 if state.get("momentum_buffer") is None else 1 - group["dampening"]
+
+
+def power_complement(beta: float, steps: Tensor) -> Tensor:
+    """1 - beta^steps, without cancellation."""
+    return -torch.expm1(steps * math.log(beta)) if beta > 0 else torch.ones_like(steps)
 
 
 def row_blocks(x: Tensor, dim: int) -> tuple[Tensor, ...]:

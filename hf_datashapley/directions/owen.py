@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .optimizers import Momentum, row_blocks
+from .optimizers import row_blocks
 from .path import NodeWeights, add_weighted, gauss_legendre
 from .update_rule import AdamStep, Block, UpdateRule, blocks_of
 from .validation import Validation
@@ -46,22 +46,31 @@ class OwenOrder:
         rule: the optimizer's, one that is not linear.
         parameters: the scored parameters by name; all that the optimizer moves.
         nodes: Gauss-Legendre nodes.
-        momentum: "unrolled" or "immediate", see `first_order`.
+
+    Values are of "immediate" momentum: the gap is that of one update.
+
+    Raises:
+        ValueError: the optimizer trains other parameters too.
     """
 
-    def __init__(self, rule: UpdateRule, parameters: dict[str, nn.Parameter], nodes: int, momentum: Momentum):
+    def __init__(self, rule: UpdateRule, parameters: dict[str, nn.Parameter], nodes: int):
+        strangers = sum(p.requires_grad for p in set(rule.parameters) - set(parameters.values()))
+        if strangers:
+            raise ValueError(
+                f"path_slope='owen' shares out the whole change of the loss, but the optimizer trains {strangers} "
+                "parameters that are not the model's own: freeze them, or set path_slope='secant'"
+            )
         self.rule = rule
         self.parameters = parameters
         self.nodes = gauss_legendre(nodes)
-        self.momentum: Momentum = momentum
         self._weights, self._slopes = NodeWeights(), NodeWeights()
 
     def directions(
-        self, model: nn.Module, validation: Validation, update: int, squares: dict[str, Tensor], samples: int
+        self, model: nn.Module, validation: Validation, update: int, squares: dict[str, Tensor], samples: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """u, [K, *shape] by name, and the targets' mean losses along the path, [K].
 
-        `squares`: Q by name, [*shape]; `samples`: n.
+        `squares`: Q by name, [*shape]; `samples`: n, 0-dimensional, of the samples that have a loss token.
         """
         moving = self.rule.moving
         names = {parameter: name for name, parameter in self.parameters.items()}
@@ -70,7 +79,7 @@ class OwenOrder:
         for p, weight in self.nodes:
             weights, slopes = self._weights.of(moving), self._slopes.of(moving)
             for parameter in moving:
-                variance = p * (1 - p) * (samples - 1) / samples
+                variance = p * (1 - p) * (samples - 1).clamp(min=0) / samples.clamp(min=1)
                 self._fill(parameter, p, variance, squares[names[parameter]], weights[parameter], slopes[parameter])
             with weights_at(weights):
                 gradients, losses = validation.gradients(model, self.parameters, update)
@@ -97,14 +106,13 @@ class OwenOrder:
 
     @torch.no_grad()
     def _fill(
-        self, parameter: nn.Parameter, p: float, variance: float, squares: Tensor, weights: Tensor, slopes: Tensor
+        self, parameter: nn.Parameter, p: float, variance: Tensor, squares: Tensor, weights: Tensor, slopes: Tensor
     ) -> None:
         """Writes w_p and -S_p."""
         step = self.rule.step_of(parameter)
         assert isinstance(step, AdamStep) and parameter.grad is not None
-        unrolled = self.rule.unrolled_over_immediate(parameter) if self.momentum == "unrolled" else 1.0
         blocks = zip(
-            blocks_of(step, parameter, parameter.grad),
+            blocks_of(step, parameter),
             row_blocks(squares, 0),
             row_blocks(weights, 0),
             row_blocks(slopes, 0),
@@ -113,7 +121,7 @@ class OwenOrder:
         for block, q, weight, slope in blocks:
             change, found = smoothed(step, block, p, (q * variance).sqrt_())
             torch.add(block.weight, change, out=weight)
-            torch.mul(found, -unrolled, out=slope)
+            torch.neg(found, out=slope)
 
 
 def smoothed(step: AdamStep, block: Block, p: float, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,8 @@ of nodes, at any learning rate: what the samples did, with what momentum and wei
 split is Aumann-Shapley's own under SGD, and an approximation under Adam, good once second moments have grown; `owen`
 has the slope for the updates before. No Hessian, so every attention kernel will do.
 
-Aumann and Shapley, "Values of Non-Atomic Games" (1974); for one update of SGD the two-point rule is Theorem 4 of Wang
-et al., arXiv 2406.11011.
+Aumann and Shapley, "Values of Non-Atomic Games" (1974). For a quadratic loss one node is exact, and under SGD the same
+as Theorem 4 of Wang et al., arXiv 2406.11011.
 
 Cost: a validation pass for each node, and two elementwise passes over the parameters.
 """

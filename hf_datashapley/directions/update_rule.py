@@ -21,7 +21,6 @@ corrections are 0-dimensional float64 tensors, so that nothing waits for a devic
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from .optimizers import Momentum, check_groups, check_optimizer_class, row_blocks, taken_up
+from .optimizers import Momentum, check_groups, check_optimizer_class, power_complement, row_blocks, taken_up
 
 
 @dataclass
@@ -103,11 +102,6 @@ def adam_step(group: dict[str, Any], state: dict[str, Any]) -> AdamStep:
     )
 
 
-def power_complement(beta: float, steps: Tensor) -> Tensor:
-    """1 - beta^steps, without cancellation."""
-    return -torch.expm1(steps * math.log(beta)) if beta > 0 else torch.ones_like(steps)
-
-
 def adam_change(step: AdamStep, x: Tensor, block: Block) -> Tensor:
     """D(x) of Adam and AdamW, for any x of the block's shape."""
     y = torch.add(x, block.weight, alpha=step.coupled_decay) if step.coupled_decay else x
@@ -156,6 +150,11 @@ class UpdateRule:
         self._groups = {p: group for group in optimizer.param_groups for p in group["params"]}
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that the optimizer trains."""
+        return list(self._groups)
+
+    @property
     def is_linear(self) -> bool:
         """Whether D is linear in the gradient, so that S is the same for every coalition of samples."""
         return self.proxy == "sgd" or isinstance(self.optimizer, SGD)
@@ -189,15 +188,6 @@ class UpdateRule:
         return step.bias1 / (1 - beta1)
 
     @torch.no_grad()
-    def change(self, parameter: nn.Parameter, x: Tensor) -> Tensor:
-        """D(x), for any x of the parameter's shape."""
-        step = self.step_of(parameter)
-        if isinstance(step, LinearStep):
-            return step.change(x, parameter.detach(), step.buffer)
-        (block,) = blocks_of(step, parameter, x, whole=True)
-        return adam_change(step, x, block)
-
-    @torch.no_grad()
     def path_change(self, parameter: nn.Parameter, s: float, out: Tensor) -> None:
         """Writes w(s) - w_t of a moving parameter into `out`, of its shape."""
         assert parameter.grad is not None
@@ -205,7 +195,7 @@ class UpdateRule:
         if isinstance(step, LinearStep):
             out.copy_(step.change(parameter.grad * s, parameter.detach(), step.buffer))
             return
-        for block, change in zip(blocks_of(step, parameter, parameter.grad), row_blocks(out, 0), strict=True):
+        for block, change in zip(blocks_of(step, parameter), row_blocks(out, 0), strict=True):
             torch.mul(adam_change(step, block.gradient, block), s, out=change)
             if s != 1:
                 change.add_(adam_change(step, torch.zeros_like(block.gradient), block), alpha=1 - s)
@@ -227,7 +217,7 @@ class UpdateRule:
         if isinstance(step, LinearStep):
             directions.mul_(-step.slope * unrolled)
             return
-        for block, u in zip(blocks_of(step, parameter, parameter.grad), row_blocks(directions, 1), strict=True):
+        for block, u in zip(blocks_of(step, parameter), row_blocks(directions, 1), strict=True):
             u.mul_(adam_secant(step, block).mul_(-unrolled))
 
     @torch.no_grad()
@@ -248,13 +238,10 @@ class UpdateRule:
         return total
 
 
-def blocks_of(step: AdamStep, parameter: nn.Parameter, gradient: Tensor, whole: bool = False) -> Iterator[Block]:
-    """The parameter in blocks of rows, see `row_blocks`, or as a single one."""
-    weight = parameter.detach()
+def blocks_of(step: AdamStep, parameter: nn.Parameter) -> Iterator[Block]:
+    """The parameter and its gradient in blocks of rows, see `row_blocks`."""
+    weight, gradient = parameter.detach(), parameter.grad
+    assert gradient is not None
     first, second = step.moments or (torch.zeros_like(weight), torch.zeros_like(weight))
-    tensors = (weight, gradient, first, second)
-    if whole:
-        yield Block(*tensors)
-        return
-    for rows in zip(*(row_blocks(tensor, 0) for tensor in tensors), strict=True):
+    for rows in zip(*(row_blocks(tensor, 0) for tensor in (weight, gradient, first, second)), strict=True):
         yield Block(*rows)

@@ -162,7 +162,7 @@ class NormRule(LayerRule):
 
     def gradient(self, name: str, x: Tensor, b: Tensor) -> Tensor:
         if name == "weight":
-            b = self.normalise(x) * b
+            b = self.normalise(x.to(torch.promote_types(x.dtype, torch.float32))) * b
         return b.reshape(-1, *b.shape[-self.ndim :]).sum(0)
 
 

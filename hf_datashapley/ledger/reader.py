@@ -52,7 +52,7 @@ def load_audit(value_dir: str | Path) -> Dataset:
     Columns: `step` int32; `target` string ("validation" where it has no name); in nats of the target's loss on the
     rows that the update was scored against, positive where it fell: `samples`, the sum of the samples' values (of
     "immediate" momentum); `carried`, what momentum and weight decay did alone; `predicted`, their sum; `actual`.
-    Updates that were skipped have no rows.
+    With `value_modules`, what the other modules did is in `actual` only. Updates that were skipped have no rows.
 
     Raises:
         FileNotFoundError: the directory holds no ledger.

@@ -64,6 +64,22 @@ class Totals:
         return np.divide(nats_KG * 1000, self.tokens_G, out=np.zeros_like(nats_KG), where=self.tokens_G > 0)
 
 
+@dataclass(frozen=True)
+class Audit:
+    """What values account for at A audited updates, against what these did to a target, in nats."""
+
+    step_A: Ints
+    samples_A: Floats
+    carried_A: Floats  # by momentum and weight decay alone
+    predicted_A: Floats
+    actual_A: Floats
+
+    @property
+    def sums(self) -> list[float]:
+        """Of samples, carried, predicted, actual."""
+        return [float(x.sum()) for x in (self.samples_A, self.carried_A, self.predicted_A, self.actual_A)]
+
+
 def target_column(target: str, stem: str = "value") -> str:
     return f"{stem}_{target}" if target else stem
 
@@ -185,3 +201,16 @@ def value_over_training(corpus: Corpus, history: Dataset, step_T: Ints) -> Float
     cell = corpus.group_N[sample] * updates + update
     summed = [_sums(cell, table[column].to_numpy(), groups * updates) for column in columns]
     return np.stack(summed).reshape(len(columns), groups, updates).cumsum(axis=2)
+
+
+def read_audits(audit: Dataset, targets: list[str]) -> dict[str, Audit]:
+    """By target, if it was audited. Updates after which a loss was not finite are left out."""
+    table = arrow_table(audit, audit.column_names).sort_by("step")
+    numbers = [table[name].to_numpy() for name in ("samples", "carried", "predicted", "actual")]
+    finite = np.isfinite(numbers).all(axis=0)
+    audits = {}
+    for target in targets:
+        kept = finite & pc.equal(table["target"], target or "validation").to_numpy()
+        if kept.any():
+            audits[target] = Audit(table["step"].to_numpy()[kept], *(column[kept] for column in numbers))
+    return audits

@@ -19,13 +19,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hf_datashapley.report.aggregate import Floats, Ints
+from hf_datashapley.report.aggregate import Audit, Floats, Ints
 from hf_datashapley.report.nats import NatScale
 
 
 WIDTH = 4.5  # inches
 _STEPS = [1, 2, 5, 10]  # ticks at round numbers
 LINES = 8  # so many line colours can be told apart at all
+PAIRS = 60  # so many updates can be told apart
 _VARIABLES = ("ink", "muted", "grid", "helped", "hurt", *(f"line-{i}" for i in range(LINES)))
 _STAND_IN = {name: f"#0000{index:02x}" for index, name in enumerate(_VARIABLES, start=1)}
 _STYLE: dict[Any, Any] = {
@@ -158,6 +159,36 @@ def loss_lines(names: Sequence[str], losses: Sequence[tuple[Ints, Floats]], skip
         axes.margins(x=0)
         _frame(figure, axes, left=0.4, right=1.2, below="update")
         _label_ends(axes, ends, names)
+        return _svg(figure)
+
+
+def audit_pairs(audit: Audit, scale: NatScale) -> str:
+    """Each audited update's predicted decrease of the loss beside the measured one, the gap drawn between them."""
+    updates = len(audit.step_A)
+    shown = np.unique(np.linspace(0, updates - 1, PAIRS).round().astype(int))
+    step, predicted, actual = audit.step_A[shown], audit.predicted_A[shown], audit.actual_A[shown]
+    below = "update" + (f"  ({len(shown)} of {updates:,} are drawn)" if len(shown) < updates else "")
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH, 2.5))
+        axes = figure.subplots()
+        axes.axhline(0, color=_STAND_IN["muted"], linewidth=0.8)
+        axes.vlines(step, predicted * scale.factor, actual * scale.factor, color=_STAND_IN["line-1"], linewidth=1)
+        axes.plot(step, actual * scale.factor, "o", color=_STAND_IN["ink"], markersize=3.2, label="measured")
+        axes.plot(
+            step,
+            predicted * scale.factor,
+            "D",
+            color=_STAND_IN["line-1"],
+            markersize=5.5,
+            markerfacecolor="none",
+            markeredgewidth=1,
+            label="predicted",
+        )
+        axes.grid(axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderpad=0, handletextpad=0.2)
+        _frame(figure, axes, left=0.45, right=0.1, below=below, above=0.22)
         return _svg(figure)
 
 

@@ -19,11 +19,13 @@ import numpy as np
 from datasets import Dataset
 
 from hf_datashapley.report.aggregate import (
+    Audit,
     Corpus,
     Floats,
     Ints,
     Totals,
     arrow_table,
+    read_audits,
     read_corpus,
     target_column,
     totals,
@@ -91,6 +93,7 @@ def write_report(
     settings: dict[str, object],
     cost: dict[str, object],
     title: str,
+    audit: Dataset | None = None,
 ) -> None:
     """Write one self-contained HTML file to `path`; its folder is made if need be.
 
@@ -105,6 +108,8 @@ def write_report(
         settings: name -> printable, in the order to show.
         cost: name -> printable; "throughput kept", where there is one, also stands at the top of the page.
         title: what was trained.
+        audit: one row per audited update and target: `step`, `target` ("validation" where it has no name), `samples`,
+            `carried`, `predicted`, `actual` in nats. None, or no rows: nothing is said of it.
 
     Raises:
         ValueError: `values` is empty or not finite; `units` lacks a valued sample or has one twice.
@@ -121,6 +126,8 @@ def write_report(
         _finite(step_T, update_table[target_column(target, "validation_loss")].to_numpy()) for target in corpus.targets
     ]
 
+    audits = {} if audit is None else read_audits(audit, corpus.targets)
+
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["csp_hash"] = _csp_hash
     template = environment.from_string(
@@ -134,7 +141,10 @@ def write_report(
         extremes=_extremes(by_group),
         overall=overall,
         falls=[_fall(loss) for _, loss in losses],
-        pictures=_pictures(corpus, by_group, total_scale, rate_scale, history, step_T, losses, skipped),
+        pictures={
+            **_pictures(corpus, by_group, total_scale, rate_scale, history, step_T, losses, skipped),
+            "audit": _audit_pictures(audits),
+        },
         documents=[_ends(corpus, units, k) for k in range(len(corpus.targets))],
         updates=len(step_T),
         skipped=skipped[:STEPS_LISTED].tolist(),
@@ -143,6 +153,8 @@ def write_report(
         cost=cost,
         total_scale=total_scale,
         rate_scale=rate_scale,
+        audits=audits,
+        audit_scale=NatScale.fitting([found.sums for found in audits.values()], digits=4),
         document_scale=NatScale.fitting(corpus.value_KD, digits=4),
     )
     path = Path(path)
@@ -199,6 +211,14 @@ def _pictures(
         lines = pictures.loss_lines([name for name, _ in measured], [line for _, line in measured], skipped)
         loss = [Picture(None, "validation loss, nats per token", lines)]
     return {"groups": groups, "training": training, "spread": spread, "loss": loss}
+
+
+def _audit_pictures(audits: dict[str, Audit]) -> list[Picture]:
+    scale = NatScale.fitting([nats for found in audits.values() for nats in (*found.predicted_A, *found.actual_A)])
+    return [
+        Picture(name, f"fall of the loss in an update, {scale.unit}", pictures.audit_pairs(found, scale))
+        for name, found in zip(_names(list(audits)), audits.values(), strict=True)
+    ]
 
 
 def _names(targets: list[str]) -> list[str]:

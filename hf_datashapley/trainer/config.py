@@ -53,7 +53,8 @@ class ShapleyConfig(TrainingArguments):
             and output gradients until then, "replay" runs the update's micro-batches again. "auto": "stash" if it
             takes no more than half of the memory that is free at the first update.
         audit_steps: every so many updates, measure what the update did to the validation losses, and hold the values
-            against it (`ShapleyTrainer.audit`); three forward passes of the validation rows. 0: never.
+            against it (`ShapleyTrainer.audit`); three forward passes of the validation rows. 0: never. With
+            `value_modules` what the other modules did is in `actual` only.
         sample_id_column: int64 column with the samples' ids; a dataset without it is numbered by row.
 
     Raises:
@@ -129,6 +130,11 @@ class ShapleyConfig(TrainingArguments):
             raise ValueError(
                 f"value_order={self.value_order!r} follows the step of every update: set validation_interval=1, or "
                 "value_order='first'"
+            )
+        if self.value_order == "path" and self.path_slope == "owen" and self.value_momentum == "unrolled":
+            raise ValueError(
+                "path_slope='owen' shares out what one update did to the loss, so a gradient counts with what it did "
+                "in it: set value_momentum='immediate' (or None), or path_slope='secant'"
             )
         if self.value_order == "path" and self.path_slope == "owen" and self.value_modules is not None:
             raise ValueError(

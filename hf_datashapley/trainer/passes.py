@@ -33,7 +33,8 @@ from ..random_state import RandomState, random_state_kept
 from ..values.update import Update
 
 
-logger = logging.get_logger(__name__)
+# Below "transformers", so that Trainer's `log_level` is ours too.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 SecondPass = Literal["auto", "stash", "replay"]
 # Of the memory that is free when the first update begins.
@@ -155,7 +156,7 @@ class TwoPass:
             for squares in self._squares.values():
                 if update.clip is not None:
                     squares.mul_(update.clip.square())
-            directions, losses = order.directions(model, self.validation, step, self._squares, update.num_samples)
+            directions, losses = order.directions(model, self.validation, step, self._squares, update.num_players)
         else:
             directions, losses = order.directions(model, self.validation, step)
         update.validation_losses = losses

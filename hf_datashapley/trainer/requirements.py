@@ -93,8 +93,11 @@ def check_rows(dataset: Any, name: str) -> None:
 
 
 def check_optimizer_choice(trainer: Trainer, args: ShapleyConfig) -> None:
-    """The optimizer that `Trainer` is going to make, or was given, has a known step (or the proxy was asked for)."""
-    if args.value_optimizer == "sgd":
+    """The optimizer that `Trainer` is going to make, or was given, has a known step, if it is asked for.
+
+    The proxy does not ask for it, an audit does.
+    """
+    if args.value_optimizer == "sgd" and not args.audit_steps:
         return
     if trainer.optimizer is not None:
         check_optimizer_class(type(trainer.optimizer))

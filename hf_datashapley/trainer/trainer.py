@@ -149,7 +149,15 @@ class ShapleyTrainer(Trainer):
         self._ledger.restart()
         self._validation = self._make_validation()
         optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
-        self._valuation = Valuation(self.model, self.args, self._capture, self._validation, optimizer, self._ledger)
+        self._valuation = Valuation(
+            self.model,
+            self.args,
+            self._capture,
+            self._validation,
+            optimizer,
+            self._ledger,
+            half_precision=self.accelerator.mixed_precision != "no",
+        )
         if self._checkpoint is not None:
             self._valuation.load(self._checkpoint)
 
@@ -292,7 +300,7 @@ class ShapleyTrainer(Trainer):
         run = super().training_step
         micro_batch = MicroBatch(
             samples=len(sample_ids),
-            positions=inputs["input_ids"].shape[1] if "input_ids" in inputs else 1,
+            positions=max((x.shape[1] for x in inputs.values() if isinstance(x, Tensor) and x.ndim > 1), default=1),
             micro_batches=self.current_gradient_accumulation_steps,
             # Trainer takes some of the inputs out of their dict.
             run=lambda: run(model, {**inputs}, num_items_in_batch),

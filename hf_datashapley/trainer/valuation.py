@@ -33,7 +33,10 @@ STATE = "shapley.safetensors"
 
 
 class Valuation:
-    """Values the updates of one run, which `optimizer` makes of `model`, into `ledger`."""
+    """Values the updates of one run, which `optimizer` makes of `model`, into `ledger`.
+
+    `half_precision`: whether autocast makes products in half precision.
+    """
 
     def __init__(
         self,
@@ -43,13 +46,14 @@ class Valuation:
         validation: Validation,
         optimizer: Optimizer,
         ledger: Ledger,
+        half_precision: bool,
     ):
         self.model = model
         self.capture = capture
         self.validation = validation
         self.ledger = ledger
         self.audit_steps = args.audit_steps
-        self.tolerance = HALF_TOLERANCE if args.bf16 else TOLERANCE
+        self.tolerance = HALF_TOLERANCE if half_precision else TOLERANCE
         self.momentum = momentum_of(args)
         self.rule = UpdateRule(optimizer, cast(Literal["auto", "sgd"], args.value_optimizer))
         self.scores: Pass = make_pass(args, capture, validation, optimizer, self.rule)
@@ -92,8 +96,10 @@ class Valuation:
                 samples = update.values().sum(0)
             else:
                 samples = self.rule.immediate_sum(directions, self.capture.parameters, self.momentum)
-            weights = NodeWeights().of(self.rule.moving)
-            self.rule.path_weights(0.0, weights)
+            # Whatever values are made as if: it is the optimizer's own momentum and weight decay.
+            rule = UpdateRule(self._optimizer)
+            weights = NodeWeights().of(rule.moving)
+            rule.path_weights(0.0, weights)
             with weights_at(weights):
                 carried = self._losses()
             self._audit = samples, self._losses(), carried
@@ -143,7 +149,7 @@ def make_pass(
     if args.value_order == "second":
         order = SecondOrder(rule, scored, momentum)
     elif args.path_slope == "owen" and not rule.is_linear:
-        order = OwenOrder(rule, scored, args.path_nodes, momentum)
+        order = OwenOrder(rule, scored, args.path_nodes)
     else:
         order = PathOrder(rule, scored, args.path_nodes, momentum)
     return TwoPass(capture, validation, order, cast(SecondPass, args.second_pass))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ class LogStatistics:
             scalars[f"{prefix}std"] = max(squares[k] / count[k] - mean**2, 0.0) ** 0.5
             scalars[f"{prefix}negative_share"] = negative[k] / count[k]
             scalars[f"{prefix}validation_loss"] = losses[k] / updates[k]
-            if audits:
+            if audits and not math.isnan(audits[0][k]):  # all of them skipped
                 samples, carried, actual = (row[k] for row in audits)
                 scalars[f"{prefix}audit_samples"] = samples
                 scalars[f"{prefix}audit_carried"] = carried

@@ -87,6 +87,11 @@ class Update:
     def num_samples(self) -> int:
         return sum(len(ids) for ids in self._sample_ids)
 
+    @property
+    def num_players(self) -> Tensor:
+        """Samples that have a loss token, 0-dimensional."""
+        return torch.cat(self._tokens).gt(0).sum()
+
     def own_values(self) -> Tensor:
         """<c g_i, u>, [N, K]."""
         if not self.scores:
@@ -99,7 +104,7 @@ class Update:
         values = self.own_values()
         if self.shared is not None:
             tokens = torch.cat(self._tokens).to(values.dtype)
-            values = values + (tokens / tokens.sum()).unsqueeze(1) * self.shared
+            values = values + (tokens / tokens.sum().clamp(min=1)).unsqueeze(1) * self.shared
         return values
 
     def finish(self, step: int, optimizer_skipped: bool, audit: UpdateAudit | None = None) -> UpdateValues:
