@@ -61,6 +61,8 @@ from hf_datashapley.evaluation import Fidelity, ShapleyValues, exact_shapley, fi
 Floats = NDArray[np.float64]
 
 CHARACTERS_PER_TOKEN = 4  # more than a small vocabulary reaches, so that there is text enough
+# Characters: few and long documents would leave too few rows of a small run.
+LEAST_HARVEST = 300_000
 ROWS_OF_A_DOCUMENT = 16  # at most, so that there are many documents
 HELD_OUT = 10  # one document in so many is for validation
 WEIGHT_DECAY = 0.1  # of AdamW
@@ -121,7 +123,7 @@ class Data:
 def make_data(setting: Setting) -> Data:
     most = max(setting.updates + setting.batches, setting.run_updates) * setting.samples
     if setting.corpus is None:
-        documents = harvest(3 * most * setting.length * CHARACTERS_PER_TOKEN, setting.seed)
+        documents = harvest(max(3 * most * setting.length * CHARACTERS_PER_TOKEN, LEAST_HARVEST), setting.seed)
     else:
         documents = read_corpus(setting.corpus)
         random.Random(setting.seed).shuffle(documents)
