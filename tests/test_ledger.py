@@ -1,8 +1,12 @@
 """The ledger on disk: complete when it should be, readable from its directory alone, never overwritten."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,6 +17,7 @@ from transformers import TrainerCallback
 
 from hf_datashapley import ShapleyConfig, ShapleyTrainer, load_updates, load_value_history, load_values
 from hf_datashapley.ledger import Ledger, writer
+from hf_datashapley.ranks import Ranks
 from hf_datashapley.values.update import UpdateValues
 
 
@@ -27,6 +32,7 @@ def update(step, ids, values, *, skipped=False, finite=True):
         learning_rate=1e-3,
         skipped=torch.tensor(skipped),
         finite=torch.tensor(finite),
+        totals=torch.zeros(4, len(values[0]), dtype=torch.float64),
     )
 
 
@@ -108,7 +114,7 @@ def test_parts_are_cut_between_updates(tmp_path, monkeypatch):
         ledger.append(update(step, [1, 2, 3], [[1.0]] * 3))
     ledger.close()
     names = sorted(path.name for path in tmp_path.glob("values-*.parquet"))
-    assert names == [f"values-{a:09d}-{b:09d}.parquet" for a, b in ((1, 2), (3, 4), (5, 5))]
+    assert names == [f"values-{a:09d}-{b:09d}-00000-of-00001.parquet" for a, b in ((1, 2), (3, 4), (5, 5))]
     assert load_values(tmp_path)["value"][:] == [5.0] * 3
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -162,7 +168,10 @@ def test_a_ledger_of_another_format(tmp_path):
 def test_another_process_reads_the_same(tmp_path):
     trainer = trained(tmp_path)
     trainer.train()
-    code = "import sys; from hf_datashapley import load_values; load_values(sys.argv[1]).to_json(sys.argv[2])"
+    code = (
+        "import sys; from hf_datashapley import load_values;"
+        "load_values(sys.argv[1]).to_json(sys.argv[2], double_precision=15)"
+    )
     subprocess.run(
         [sys.executable, "-c", code, trainer.value_dir, str(tmp_path / "copy.json")], check=True, capture_output=True
     )
@@ -219,3 +228,117 @@ def test_log_rows_carry_the_statistics_of_their_updates(tmp_path):
         loss = updates[updates.step.isin(steps)].validation_loss.mean()
         np.testing.assert_allclose(row["shapley/validation_loss"], loss, rtol=1e-6)
     assert all("shapley/mean" not in row for row in trainer.state.log_history if "loss" not in row)
+
+
+def write(folder, ranks, parts, after=0):
+    """What a rank writes of the given runs of updates, each a part; its only sample is 10 times its number."""
+    ledger = Ledger(folder, [""], {"unit": "sample", "settings": {}}, after, ranks)
+    for steps in parts:
+        for step in steps:
+            ledger.append(update(step, [10 * ranks.index], [[float(step)]]))
+        ledger.flush()
+    ledger.close()
+
+
+def write_together(folder, first, second):
+    """Both ranks have looked for a ledger before either begins one; here they go one after the other."""
+    write(folder, Ranks(0, 2), first)
+    write(folder / "other", Ranks(1, 2, is_local_main=False), second)
+    merge(folder)
+
+
+def merge(folder):
+    for path in (folder / "other").iterdir():
+        path.rename(folder / path.name)
+
+
+def test_ranks_write_parts_of_their_own(tmp_path, caplog):
+    """They cut them where they like; what not all have written is not read, and said."""
+    (tmp_path / "other").mkdir()
+    write_together(tmp_path, [range(1, 3), range(3, 7)], [range(1, 5)])
+    history = load_value_history(tmp_path)
+    assert "up to 6 of some ranks, and of all ranks those up to 4" in caplog.text
+    assert history["step"] == [step for step in range(1, 5) for _ in range(2)]
+    assert history["sample_id"] == [0, 10] * 4
+    assert load_values(tmp_path)["value"] == [10.0, 10.0]
+    assert load_updates(tmp_path)["step"] == [1, 2, 3, 4]
+
+
+def test_a_part_that_a_rank_lacks_is_named(tmp_path):
+    (tmp_path / "other").mkdir()
+    write_together(tmp_path, [range(1, 7)], [range(1, 3), range(3, 5), range(5, 7)])
+    (lost,) = tmp_path.glob("values-000000003-*-00001-of-00002*")
+    lost.unlink()
+    with pytest.raises(ValueError, match="updates up to 2, and a part of its 2 ranks begins with 5.*missing part"):
+        load_values(tmp_path)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, caplog):
+    """After update 4, where all had cut; what one of the two wrote beyond it is discarded."""
+    (tmp_path / "other").mkdir()
+    write_together(tmp_path, [range(1, 5), range(5, 7)], [range(1, 3), range(3, 5)])
+    one = Ledger(tmp_path, [""], {"unit": "sample", "settings": {}}, after=4)
+    one.restart()
+    for step in (5, 6, 7):
+        one.append(update(step, [99], [[1.0]]))
+    one.close()
+    history = load_value_history(tmp_path)
+    assert not caplog.text
+    assert history["step"] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 7]
+    assert history["sample_id"] == [0, 10] * 4 + [99] * 3
+    with pytest.raises(ValueError, match="after update 3.*not cut.*2, 4, 7"):
+        Ledger(tmp_path, [""], {"unit": "sample", "settings": {}}, after=3)
+
+
+def test_parts_that_lie_twice_are_named(tmp_path):
+    (tmp_path / "other").mkdir()
+    write_together(tmp_path, [range(1, 5)], [range(1, 5)])
+    (part,) = tmp_path.glob("values-*-00000-of-00002*")
+    (tmp_path / part.name.replace("000000001", "000000002")).write_bytes(part.read_bytes())
+    with pytest.raises(ValueError, match="begins with 2.*lies there twice"):
+        load_values(tmp_path)
+
+
+def test_what_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
+    """At the next update, and once; what was complete stays so, and nothing half-written is left."""
+    monkeypatch.setattr(writer, "ROWS_PER_PART", 2)
+    ledger = Ledger(tmp_path, [""], {})
+    for step in (1, 2):
+        ledger.append(update(step, [step], [[1.0]]))
+    ledger.flush()
+    own = os.fsync
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="could not be written.*No space left.*make room.*last checkpoint"):
+        for step in range(3, 100):
+            ledger.append(update(step, [step], [[1.0]]))
+            time.sleep(0.01)
+    assert step < 20
+    monkeypatch.setattr(os, "fsync", own)
+    ledger.close()
+    assert load_values(tmp_path)["sample_id"] == [1, 2]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+LIMITED = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+from test_resume import make
+trainer = make({folder!r}, save_strategy="no", max_steps=400, logging_steps=1)
+from hf_datashapley.ledger import writer
+writer.ROWS_PER_PART = 4 * 100
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+trainer.train()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_ends_where_its_ledger_cannot_grow(tmp_path):
+    """The operating system refuses a part of 400 rows, a real failure of a real write."""
+    code = LIMITED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1
+    assert process.stderr.count("could not be written (File too large): make room there") == 1

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from models import build, collate, dataset, text_rows
@@ -29,6 +30,7 @@ def trainer(tmp_path, *, model=None, rows=8, validation="rows", collator=collate
     [
         ({"torch_compile": True}, "torch_compile", "torch_compile=False"),
         ({"use_liger_kernel": True}, "use_liger_kernel", "use_liger_kernel=False"),
+        ({"parallelism_config": ParallelismConfig()}, "parallelism_config", "whole model"),
         ({"optim": "adagrad"}, "Adagrad", "value_optimizer='sgd'"),
         ({"value_order": "third"}, "value_order='third'", "path"),
         ({"value_order": "path", "path_nodes": 0}, "path_nodes=0", "at least 1"),
@@ -135,12 +137,6 @@ def test_a_loader_of_ones_own(tmp_path):
     run.__class__ = Own
     with pytest.raises(ValueError, match="get_train_dataloader was overridden.*data_collator"):
         run.train()
-
-
-def test_more_than_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(ShapleyConfig, "world_size", property(lambda self: 2))
-    with pytest.raises(ValueError, match="more than one process.*--num_processes 1"):
-        trainer(tmp_path)
 
 
 @pytest.mark.parametrize(

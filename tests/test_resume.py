@@ -145,15 +145,21 @@ def test_a_truncated_part_is_named(tmp_path, kind):
     make(tmp_path / "run").train()
     part = next(Path(tmp_path / "run" / "values").glob(f"{kind}-000000004-*"))
     part.write_bytes(part.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=f"{part.name} is damaged.*resumed from a checkpoint"):
+    with pytest.raises(ValueError, match=f"{part.name} is missing or damaged.*resumed from a checkpoint"):
         tables(tmp_path / "run")
 
 
 def test_a_missing_part_is_named(tmp_path):
     make(tmp_path / "run").train()
     shutil.rmtree(tmp_path / "run" / "checkpoint-9")
-    next(Path(tmp_path / "run" / "values").glob("updates-000000004-*")).unlink()
-    with pytest.raises(ValueError, match="up to 3, and the next part begins with 7"):
+    values = Path(tmp_path / "run" / "values")
+    updates = next(values.glob("updates-000000004-*"))
+    updates.rename(tmp_path / "aside")
+    with pytest.raises(ValueError, match=f"{updates.name} is missing or damaged.*resumed from a checkpoint"):
+        tables(tmp_path / "run")
+    (tmp_path / "aside").rename(updates)
+    next(values.glob("values-000000004-*")).unlink()
+    with pytest.raises(ValueError, match="up to 3, and a part of its 1 ranks begins with 7"):
         tables(tmp_path / "run")
 
 
@@ -162,6 +168,6 @@ def test_rows_of_updates_that_are_not_listed_are_not_read(tmp_path):
     make(tmp_path / "run").train()
     whole = tables(tmp_path / "run")
     values = tmp_path / "run" / "values"
-    last = next(values.glob("values-000000010-*"))
+    last = next(values.glob("updates-000000010-*"))
     shutil.copy(last, values / last.name.replace("000000010", "000000013").replace("000000012", "000000015"))
     assert tables(tmp_path / "run") == whole

@@ -8,7 +8,7 @@ state, no `.grad`, no train or eval flag.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ..loss_tokens import count_loss_tokens
 from ..random_state import random_state_kept
+from ..ranks import Ranks
 
 
 Batch = Mapping[str, Any]
@@ -78,7 +79,8 @@ class Validation:
     """All targets, and how to compute their losses and gradients.
 
     `size` rows of each target are used at an update, in forward passes of at most `chunk` rows; a draw serves
-    `interval` updates. `loss(model, batch)` gives the mean token loss of a batch on the model's device.
+    `interval` updates. `loss(model, batch)` gives the mean token loss of a batch on the model's device. Of several
+    ranks each takes a part of the rows, and all get the same gradients and losses.
     """
 
     targets: list[ValidationTarget]
@@ -88,6 +90,7 @@ class Validation:
     chunk: int
     interval: int
     seed: int
+    ranks: Ranks = Ranks()
 
     def rows_of(self, update: int) -> dict[str, np.ndarray]:
         """Indices of the rows that update number `update` (from 1) is scored against, by target."""
@@ -112,53 +115,72 @@ class Validation:
         chosen = list(parameters.values())
         if differentiate is None:
             differentiate = partial(torch.autograd.grad, inputs=chosen, materialize_grads=True)
-        rows = self.rows_of(update)
         per_target = []
         losses = []
         with evaluating(model), random_state_kept():
-            for target in self.targets:
-                total_loss: Tensor | None = None
-                total: list[Tensor] = []
-                for loss in self._shares(model, target, rows[target.name]):
+            tokens, targets = self._shares(model, update)
+            for shares in targets:
+                total_loss, total = no_loss(model), None
+                for loss in shares:
                     found = differentiate(loss)
-                    if total_loss is None:
-                        total_loss, total = loss.detach(), list(found)
+                    total_loss += loss.detach()
+                    if total is None:
+                        total = list(found)
                     else:
-                        total_loss = total_loss + loss.detach()
                         for sum_, gradient in zip(total, found, strict=True):
                             sum_ += gradient
-                assert total_loss is not None
                 losses.append(total_loss)
-                per_target.append(total)
+                # None where no row is this rank's.
+                per_target.append(total or [torch.zeros_like(p, requires_grad=False) for p in chosen])
         if len(per_target) == 1:
             stacked = [gradient.unsqueeze(0) for gradient in per_target[0]]
         else:
             stacked = [torch.stack(gradients) for gradients in zip(*per_target, strict=True)]
-        return dict(zip(parameters, stacked, strict=True)), torch.stack(losses)
+        summed = torch.stack(losses)
+        self.ranks.sum_([*stacked, summed])
+        return dict(zip(parameters, stacked, strict=True)), defined(summed, tokens)
 
     @torch.no_grad()
     def losses(self, model: nn.Module, update: int) -> Tensor:
         """Every target's mean token loss on the rows of an update, [K]."""
-        rows = self.rows_of(update)
         with evaluating(model), random_state_kept():
-            return torch.stack([sum_of(self._shares(model, target, rows[target.name])) for target in self.targets])
+            tokens, targets = self._shares(model, update)
+            summed = torch.stack([sum(shares, no_loss(model)) for shares in targets])
+        self.ranks.sum_([summed])
+        return defined(summed, tokens)
 
-    def _shares(self, model: nn.Module, target: ValidationTarget, rows: np.ndarray) -> Iterator[Tensor]:
-        """Losses of chunks of the rows, each by its share of the tokens: they add up to the mean token loss."""
-        chunks = [
-            target.collate([target.rows[int(i)] for i in rows[start : start + self.chunk]])
-            for start in range(0, len(rows), self.chunk)
-        ]
-        tokens = [int(count_loss_tokens(batch["labels"], self.shifted).sum()) for batch in chunks]
-        for batch, count in zip(chunks, tokens, strict=True):
-            if count == 0 and any(tokens):
-                continue  # a collator that masks at random may leave a row without a label
-            yield self.loss(model, batch) * (count / max(sum(tokens), 1))
+    def _shares(self, model: nn.Module, update: int) -> tuple[Tensor, Iterator[Iterator[Tensor]]]:
+        """The targets' loss tokens on all ranks, [K]; and for each the losses of chunks of this rank's rows.
+
+        Each loss is weighted by its share of the tokens: over chunks and ranks they add up to the mean token loss.
+        """
+        rows = self.rows_of(update)
+        batches = [self._own_batches(target, rows[target.name]) for target in self.targets]
+        tokens = no_loss(model).new_tensor([sum(count for _, count in found) for found in batches])
+        self.ranks.sum_([tokens])
+        return tokens, (self._weighted(model, found, total) for found, total in zip(batches, tokens, strict=True))
+
+    def _own_batches(self, target: ValidationTarget, rows: np.ndarray) -> list[tuple[Batch, int]]:
+        """Chunks of the rows that are this rank's, and their loss tokens."""
+        own = rows[self.ranks.index :: self.ranks.count]
+        starts = range(0, len(own), self.chunk)
+        batches = [target.collate([target.rows[int(i)] for i in own[start : start + self.chunk]]) for start in starts]
+        return [(batch, int(count_loss_tokens(batch["labels"], self.shifted).sum())) for batch in batches]
+
+    def _weighted(self, model: nn.Module, batches: list[tuple[Batch, int]], total: Tensor) -> Iterator[Tensor]:
+        for batch, count in batches:
+            if count:  # a collator that masks at random may leave a row without a label
+                yield self.loss(model, batch) * (count / total)
 
 
-def sum_of(tensors: Iterable[Tensor]) -> Tensor:
-    first, *others = tensors
-    return sum(others, first)
+def defined(losses: Tensor, tokens: Tensor) -> Tensor:
+    """Mean token losses [K]; NaN where no token has one."""
+    return losses / tokens.gt(0)
+
+
+def no_loss(model: nn.Module) -> Tensor:
+    some = next(model.parameters())
+    return some.new_zeros((), dtype=torch.promote_types(some.dtype, torch.float32))
 
 
 @contextmanager

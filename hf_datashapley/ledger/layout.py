@@ -1,17 +1,21 @@
 """What a ledger looks like on disk, shared by writer and reader.
 
-    ledger.json                               the manifest: format, targets, unit, settings of the run
-    values-<first update>-<last update>.parquet    step, sample_id, tokens, one float32 column for each target
-    updates-<first update>-<last update>.parquet   step, skipped, clip, learning_rate, validation loss for each target
-    audit-<first update>-<last update>.parquet     step, target, samples, carried, predicted, actual; where asked for
+    ledger.json         the manifest: format, targets, unit, settings of the run
+    values-*.parquet    step, sample_id, tokens, one float32 column for each target; of a rank's own samples
+    updates-*.parquet   step, skipped, clip, learning_rate, validation loss for each target; by the first rank
+    audit-*.parquet     step, target, samples, carried, predicted, actual; by the first rank, where asked for
 
-Parts are cut between updates, written under a temporary name and renamed when they are complete. Byte-stream-split
-floats under zstd take about half the room of the default encoding (12 bytes a row with two targets) and write faster.
+    KIND-<first update>-<last update>-<rank>-of-<ranks>.parquet
+
+Parts are cut between updates, written under a temporary name and renamed when they are complete; those of several
+machines may be copied into one folder. Byte-stream-split floats under zstd take about half the room of the default
+encoding (12 bytes a row with two targets) and write faster.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,34 +50,95 @@ def audit_schema() -> pa.Schema:
     return pa.schema([("step", pa.int32()), ("target", pa.string()), *numbers])
 
 
-def part_name(kind: str, first: int, last: int) -> str:
-    return f"{kind}-{first:09d}-{last:09d}.parquet"
+@dataclass(frozen=True)
+class Part:
+    """A file of the ledger: what one of `world` ranks wrote of the updates `first` to `last`."""
+
+    directory: Path
+    kind: str
+    first: int
+    last: int
+    rank: int
+    world: int
+
+    @classmethod
+    def at(cls, path: Path) -> Part:
+        kind, first, last, rank, _, world = path.stem.split("-")
+        return cls(path.parent, kind, int(first), int(last), int(rank), int(world))
+
+    @property
+    def path(self) -> Path:
+        name = f"{self.kind}-{self.first:09d}-{self.last:09d}-{self.rank:05d}-of-{self.world:05d}.parquet"
+        return self.directory / name
 
 
-def parts(directory: Path, kind: str) -> list[Path]:
-    return sorted(directory.glob(f"{kind}-*.parquet"))
+def parts(directory: Path, kind: str) -> list[Part]:
+    found = [Part.at(path) for path in directory.glob(f"{kind}-*.parquet")]
+    return sorted(found, key=lambda part: (part.first, part.world, part.rank))
 
 
-def updates_of(part: Path) -> tuple[int, int]:
-    """The first and the last update that a part is cut at."""
-    first, last = part.stem.split("-")[1:]
-    return int(first), int(last)
+@dataclass(frozen=True)
+class Complete:
+    """What all ranks have written: the updates from 1 to `last`.
+
+    `values` are the parts that hold them; the last ones may hold more, which other ranks have not written yet (`ahead`
+    is the last update that any has).
+    """
+
+    last: int
+    ahead: int
+    values: list[Part]
+
+    def of_kind(self, kind: str) -> list[Part]:
+        """Updates and audits are the first rank's, audits where it has any."""
+        if kind == "values":
+            return self.values
+        found = [replace(part, kind=kind) for part in self.values if part.rank == 0]
+        return [part for part in found if kind == "updates" or part.path.exists()]
 
 
-def complete_parts(directory: Path, kind: str) -> list[Path]:
-    """The parts of updates that are listed; what a killed run has written beyond them is not.
+def complete_parts(directory: Path) -> Complete:
+    """A part of the values lists its updates: it is written after the rank's other parts of them.
+
+    Each rank cuts its parts where it likes, and all of them at a checkpoint; from there on there may be more or fewer
+    ranks.
 
     Raises:
         ValueError: parts are missing, or overlap.
     """
-    listed = [updates_of(part) for part in parts(directory, "updates")]
-    for (_, last), (first, _) in zip([(0, 0), *listed], listed, strict=False):
-        if first != last + 1:
+    runs = runs_of(parts(directory, "values"))
+    values: list[Part] = []
+    last = ahead = 0
+    while True:
+        here = [run for run in runs if run[0].first == last + 1]
+        ahead = max([ahead, *(run[-1].last for run in here)])
+        whole = [world for world in {run[0].world for run in here} if sum(r[0].world == world for r in here) == world]
+        if not whole:
+            break
+        found = [run for run in here if run[0].world == whole[0]]
+        runs = [run for run in runs if run not in found]
+        values += [part for run in found for part in run]
+        last = min(run[-1].last for run in found)
+    for run in runs:
+        if run[0].first != last + 1:
             raise ValueError(
-                f"{directory} has updates up to {last}, and the next part begins with {first}: put the missing part "
-                "back, or take away what lies there twice"
+                f"{directory} has updates up to {last}, and a part of its {run[0].world} ranks begins with "
+                f"{run[0].first} ({run[0].path.name}): put the missing part back, or take away what lies there twice"
             )
-    return [part for part in parts(directory, kind) if updates_of(part) in listed]
+    return Complete(last, ahead, sorted(values, key=lambda part: (part.first, part.rank)))
+
+
+def runs_of(values: list[Part]) -> list[list[Part]]:
+    """Each rank's parts, where one begins right after the other has ended."""
+    runs: list[list[Part]] = []
+    for part in values:
+        for run in runs:
+            if (run[0].rank, run[0].world, run[-1].last + 1) == (part.rank, part.world, part.first):
+                run.append(part)
+                break
+        else:
+            runs.append([part])
+    return runs
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 from datasets.table import InMemoryTable
+from transformers.utils import logging
 
 from .layout import audit_schema, complete_parts, read_manifest, updates_schema, value_columns, values_schema
 
 
+logger = logging.get_logger(__name__)
+
+
 def load_values(value_dir: str | Path) -> Dataset:
-    """One row for each sample, by id.
+    """One row for each sample, by id; of the updates that every rank has written.
 
     Columns: `sample_id` int64; `updates` int32, how often the sample was trained on; `tokens` int64, its loss tokens
     over all visits; `value` float64 (or `value_<target>` for each named target), the nats of validation loss that it
@@ -80,14 +85,22 @@ def _summed(directory: Path, keys: list[str]) -> Dataset:
 
 def _table(directory: Path, kind: str, schema: pa.Schema) -> pa.Table:
     tables = [schema.empty_table()]
-    for part in complete_parts(directory, kind):
+    complete = complete_parts(directory)
+    if complete.ahead > complete.last:
+        logger.warning(
+            f"{directory} holds updates up to {complete.ahead} of some ranks, and of all ranks those up to "
+            f"{complete.last}, which is what is read. While the run goes on, the others will follow; if it was "
+            "killed, resume it; if the ranks wrote to folders of their own, copy their parts into one"
+        )
+    for part in complete.of_kind(kind):
         try:
-            tables.append(pq.read_table(part, schema=schema))
+            table = pq.read_table(part.path, schema=schema)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
-                f"{part} is damaged ({error}): put a copy of it back; without one, its updates have no values, and "
-                "the run has to be resumed from a checkpoint before them"
+                f"{part.path} is missing or damaged ({error}): put a copy of it back; without one, its updates have "
+                "no values, and the run has to be resumed from a checkpoint before them"
             ) from error
+        tables.append(table if part.last <= complete.last else table.filter(pc.field("step") <= complete.last))
     return pa.concat_tables(tables)
 
 

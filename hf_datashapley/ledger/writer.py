@@ -2,7 +2,8 @@
 
 Updates are kept on the device until someone looks (a log row, a full part, a checkpoint); then they are copied to the
 host together, and a thread writes them. A part is complete or not there: it is written under a temporary name,
-flushed to the disk and renamed.
+flushed to the disk and renamed. Each rank writes its own samples' values, and the first one what the update was like.
+What cannot be written (a full disk) ends the run at the next update; what was complete stays so.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,18 @@ import pyarrow.parquet as pq
 import torch
 from transformers.utils import logging
 
+from ..ranks import Ranks
 from ..values.update import UpdateValues
 from .layout import (
     FORMAT,
     KINDS,
     MANIFEST,
+    Part,
     audit_schema,
     complete_parts,
     loss_columns,
-    part_name,
     parts,
     read_manifest,
-    updates_of,
     updates_schema,
     value_columns,
     values_schema,
@@ -43,6 +45,7 @@ logger = logging.get_logger(__name__)
 ROWS_PER_PART = 1_000_000
 # Settings that may be others when a run goes on.
 VERSIONS = ("hf_datashapley", "transformers", "torch")
+SINGLE = Ranks()
 # Updates that may wait on the device: a few small tensors each.
 PENDING_UPDATES = 256
 
@@ -55,25 +58,37 @@ class Ledger:
         targets: names of the validation targets, [""] for one without a name.
         settings: what the manifest says of the run, as JSON.
         after: the update that the run goes on after; 0: it begins.
+        ranks: the processes that write it; all of them make it, together.
 
     Raises:
         ValueError: the directory holds a ledger already; or, where the run goes on, that of another run, or not all
             updates up to then.
     """
 
-    def __init__(self, directory: str | Path, targets: list[str], settings: dict[str, Any], after: int = 0):
+    def __init__(
+        self,
+        directory: str | Path,
+        targets: list[str],
+        settings: dict[str, Any],
+        after: int = 0,
+        ranks: Ranks = SINGLE,
+    ):
         self.directory = Path(directory)
         self.targets = targets
+        self.ranks = ranks
         self.after = after
         described = {"targets": [target for target in targets if target], **settings}
         if after:
             check_continues(self.directory, described, after)
         else:
             refuse_existing(self.directory)
-            self.directory.mkdir(parents=True, exist_ok=True)
-            created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            manifest = {"format": FORMAT, "created": created, **described}
-            write_whole(self.directory / MANIFEST, json.dumps(manifest, indent=2).encode())
+            ranks.wait()  # until all have looked
+            if ranks.is_local_main:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                manifest = {"format": FORMAT, "created": created, **described}
+                write_whole(self.directory / MANIFEST, json.dumps(manifest, indent=2).encode())
+        ranks.wait()
         self._pending: list[UpdateValues] = []
         self._rows: list[pa.Table] = []
         self._updates: list[pa.Table] = []
@@ -82,9 +97,16 @@ class Ledger:
         self._warned = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
         self._writing: Future[None] | None = None
+        self._failed = False
 
     def append(self, update: UpdateValues) -> None:
-        """Takes an update over; returns at once unless a part is full."""
+        """Takes an update over; returns at once unless a part is full.
+
+        Raises:
+            OSError: what came before could not be written.
+        """
+        if self._writing is not None and self._writing.done():
+            self._wait()
         self._pending.append(update)
         self._num_rows += len(update.sample_ids)
         if len(self._pending) >= PENDING_UPDATES:
@@ -113,7 +135,7 @@ class Ledger:
 
     def _table_of_updates(self, updates: list[UpdateValues], steps: np.ndarray) -> pa.Table:
         finite = torch.stack([update.finite for update in updates]).cpu().numpy()
-        if not finite.all() and not self._warned:
+        if not finite.all() and not self._warned and self.ranks.index == 0:
             self._warned = True
             logger.warning(
                 f"Update {steps[~finite][0]}: the loss or a value was not finite. It is recorded as skipped and gives "
@@ -147,21 +169,30 @@ class Ledger:
         self._wait()
 
     def close(self) -> None:
-        """Flushes. A run that made no update leaves no ledger, which would only be in the way of the next attempt."""
-        self.flush()
-        self._thread.shutdown()
-        if not parts(self.directory, "updates"):
+        """Flushes, unless writing has failed already.
+
+        A run that made no update leaves no ledger, which would only be in the way of the next attempt.
+        """
+        try:
+            if not self._failed:
+                self.flush()
+        finally:
+            self._thread.shutdown()
+        if self.ranks.is_local_main and not parts(self.directory, "values"):
             (self.directory / MANIFEST).unlink(missing_ok=True)
 
     def restart(self) -> None:
         """Forgets what was written after the update that the run goes on after: its training loop begins there."""
         self._pending, self._rows, self._updates, self._audits, self._num_rows = [], [], [], [], 0
         self._wait()
-        # The list of updates first: what it does not list is not read.
-        for kind in ("updates", "values", "audit"):
-            for part in parts(self.directory, kind):
-                if updates_of(part)[0] > self.after:
-                    part.unlink()
+        self.ranks.wait()
+        if self.ranks.is_local_main:
+            # The values first: what they do not list is not read.
+            for kind in KINDS:
+                for part in parts(self.directory, kind):
+                    if part.first > self.after:
+                        part.path.unlink()
+        self.ranks.wait()
 
     def _write(self) -> None:
         if not self._rows:
@@ -170,12 +201,16 @@ class Ledger:
         rows, updates, audits = (pa.concat_tables(found) for found in (self._rows, self._updates, self._audits))
         self._rows, self._updates, self._audits, self._num_rows = [], [], [], 0
         floats = value_columns(self.targets)
-        self._writing = self._thread.submit(write_parts, self.directory, rows, updates, audits, floats)
+        self._writing = self._thread.submit(write_parts, self.directory, self.ranks, rows, updates, audits, floats)
 
     def _wait(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            try:
+                writing.result()
+            except OSError:
+                self._failed = True
+                raise
 
 
 def refuse_existing(directory: Path) -> None:
@@ -204,28 +239,33 @@ def check_continues(directory: Path, described: dict[str, Any], after: int) -> N
             f"resume_from_checkpoint: {', '.join(different)} differ from those that {directory / MANIFEST} was begun "
             "with: resume with the same settings, or start a new run with a new `output_dir`"
         )
-    ends = [updates_of(part)[1] for part in complete_parts(directory, "updates")]
-    if after not in ends:
+    complete = complete_parts(directory)
+    if after > complete.last or any(part.first <= after < part.last for part in complete.values):
+        ends = sorted({part.last for part in complete.values if part.last <= complete.last})
         raise ValueError(
             f"resume_from_checkpoint goes on after update {after}, where the ledger in {directory} is not cut (its "
             f"parts end at {', '.join(map(str, ends)) or 'none'}): take a checkpoint of the run that wrote it"
         )
 
 
-def write_parts(directory: Path, rows: pa.Table, updates: pa.Table, audits: pa.Table, floats: list[str]) -> None:
-    """One part of each kind, of audits if there are any. The updates come last: a listed update has its values."""
+def write_parts(
+    directory: Path, ranks: Ranks, rows: pa.Table, updates: pa.Table, audits: pa.Table, floats: list[str]
+) -> None:
+    """One part of each kind, of audits if there are any. The values come last: they list the updates."""
     first, last = updates["step"][0].as_py(), updates["step"][-1].as_py()
+    part = Part(directory, "values", first, last, ranks.index, ranks.count)
+    if ranks.index == 0:
+        if audits.num_rows:
+            write_table(replace(part, kind="audit").path, audits)
+        write_table(replace(part, kind="updates").path, updates)
     split = {column: "BYTE_STREAM_SPLIT" for column in floats}
     write_table(
-        directory / part_name("values", first, last),
+        part.path,
         rows,
         use_dictionary=["step", "tokens"],
         column_encoding={"sample_id": "PLAIN", **split},
         row_group_size=131_072,
     )
-    if audits.num_rows:
-        write_table(directory / part_name("audit", first, last), audits)
-    write_table(directory / part_name("updates", first, last), updates)
 
 
 def write_table(path: Path, table: pa.Table, **encoding: Any) -> None:
@@ -235,13 +275,25 @@ def write_table(path: Path, table: pa.Table, **encoding: Any) -> None:
 
 
 def write_whole(path: Path, content: Any) -> None:
-    """The file is complete or not there, also after a power cut."""
+    """The file is complete or not there, also after a power cut.
+
+    Raises:
+        OSError: it could not be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"the ledger's {path} could not be written ({error.strerror}): make room there, then resume the run from "
+            "its last checkpoint, or read what was written before with load_values",
+        ) from error
     if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is durable without it
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -43,12 +43,16 @@ STASH_SHARE = 0.5
 
 @dataclass
 class MicroBatch:
-    """What a pass is told of a micro-batch; `run` makes Trainer's own forward and backward pass of it."""
+    """What a pass is told of a micro-batch.
+
+    `run` makes Trainer's own forward and backward pass of it; `run_again` the same, without a word to other ranks.
+    """
 
     samples: int
     positions: int
     micro_batches: int  # in the whole update
     run: Callable[[], Tensor]
+    run_again: Callable[[], Tensor]
 
 
 class Pass(Protocol):
@@ -94,7 +98,7 @@ class OnePass:
             self._gradients = None  # not needed again
 
     def micro_batch(self, update: Update, micro_batch: MicroBatch) -> Tensor:
-        loss, scores = scored(self.capture, self._directions, micro_batch)
+        loss, scores = scored(self.capture, self._directions, micro_batch.samples, micro_batch.run)
         update.scores.append(scores)
         return loss
 
@@ -153,10 +157,11 @@ class TwoPass:
     def before_step(self, model: nn.Module, update: Update, step: int) -> dict[str, Tensor]:
         order = self.order
         if isinstance(order, OwenOrder):
+            update.ranks.sum_(self._squares.values())
             for squares in self._squares.values():
-                if update.clip is not None:
-                    squares.mul_(update.clip.square())
-            directions, losses = order.directions(model, self.validation, step, self._squares, update.num_players)
+                squares.mul_(update.share**2)
+            players, tokens = update.players_and_tokens()
+            directions, losses = order.directions(model, self.validation, step, self._squares, players)
         else:
             directions, losses = order.directions(model, self.validation, step)
         update.validation_losses = losses
@@ -166,11 +171,12 @@ class TwoPass:
             with random_state_kept(), gradients_aside(model):
                 for state, micro_batch in self._replays:
                     state.restore()
-                    update.scores.append(scored(self.capture, directions, micro_batch)[1])
+                    run = micro_batch.run_again
+                    update.scores.append(scored(self.capture, directions, micro_batch.samples, run)[1])
         self._kept, self._replays = [], []
         if isinstance(order, OwenOrder):
             before, after = order.path_ends(model, self.validation, step)
-            update.shared = before - after - update.own_values().sum(0)
+            update.shared = (before - after - update.sum_of(update.own_values())) / tokens.clamp(min=1)
         return directions
 
     def _choose(self, micro_batch: MicroBatch) -> Literal["stash", "replay"]:
@@ -187,10 +193,12 @@ class TwoPass:
         return choice
 
 
-def scored(capture: Capture, directions: dict[str, Tensor], micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """The loss of a micro-batch, and <sample's share of the gradient, direction>, [B, K]."""
-    with capture.scoring(directions, micro_batch.samples) as tap:
-        loss = micro_batch.run()
+def scored(
+    capture: Capture, directions: dict[str, Tensor], samples: int, run: Callable[[], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The loss of a micro-batch, and <sample's gradient, direction>, [B, K]."""
+    with capture.scoring(directions, samples) as tap:
+        loss = run()
     # No gradient where the loss reaches none of the scored layers.
     return loss, torch.zeros_like(tap) if tap.grad is None else tap.grad
 

@@ -16,10 +16,12 @@ from ..directions.optimizers import check_groups, check_optimizer_class
 from .config import ShapleyConfig
 
 
+DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
 def check_arguments(args: ShapleyConfig) -> None:
     """Settings of the launch under which values would not be exact, or have not been shown to be."""
     refused = {
-        "more than one process": (args.world_size > 1, "launch one process (accelerate launch --num_processes 1)"),
         "DataParallel (n_gpu > 1)": (args.n_gpu > 1, "set CUDA_VISIBLE_DEVICES to one GPU"),
         "fp16": (args.fp16, "set fp16=False"),
         "torch_compile": (args.torch_compile, "set torch_compile=False"),
@@ -45,8 +47,12 @@ def check_launch(accelerator: Accelerator) -> None:
             "launch with --mixed_precision no or bf16",
         ),
         f"{accelerator.distributed_type.value}": (
-            accelerator.distributed_type != DistributedType.NO,
-            "launch one process, without FSDP or DeepSpeed (accelerate launch --num_processes 1)",
+            accelerator.distributed_type not in DATA_PARALLEL,
+            "launch one process, or several that hold a whole model each (`datashapley accelerate_config multi_gpu`)",
+        ),
+        "parallelism_config": (
+            accelerator.parallelism_config is not None,
+            "leave it unset: every process holds a whole model (DDP)",
         ),
         "a dynamo backend": (
             accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,

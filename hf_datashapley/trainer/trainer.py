@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import __version__
 from ..directions.second_order import check_twice_differentiable
@@ -38,6 +39,7 @@ from ..ghost.capture import Capture, Kernel
 from ..ledger import Ledger, load_audit, load_value_history, load_values
 from ..ledger.writer import refuse_existing
 from ..loss_tokens import count_loss_tokens, shifts_labels
+from ..ranks import Ranks
 from . import requirements
 from .config import ShapleyConfig
 from .passes import MicroBatch
@@ -87,6 +89,9 @@ class ShapleyTrainer(Trainer):
         super().__init__(model, args, *positional, **kwargs)
         self.args: ShapleyConfig = args
         requirements.check_launch(self.accelerator)
+        self._ranks = Ranks(
+            self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.is_local_main_process
+        )
         requirements.check_model(self.model)
         requirements.check_collator(self.data_collator)
         requirements.check_rows(self.train_dataset, "train_dataset")
@@ -104,7 +109,9 @@ class ShapleyTrainer(Trainer):
         )
         self._validation = self._make_validation()
         if args.value_order == "second":
-            check_twice_differentiable(self.model, self._validation, self._capture.parameters)
+            # Every rank on all rows: each has to see for itself.
+            alone = replace(self._validation, ranks=Ranks())
+            check_twice_differentiable(self.model, alone, self._capture.parameters)
         self._ledger: Ledger | None = None
         self._valuation: Valuation | None = None
         self._checkpoint: str | None = None
@@ -156,6 +163,7 @@ class ShapleyTrainer(Trainer):
             self._validation,
             optimizer,
             self._ledger,
+            self._ranks,
             half_precision=self.accelerator.mixed_precision != "no",
         )
         if self._checkpoint is not None:
@@ -197,6 +205,7 @@ class ShapleyTrainer(Trainer):
             chunk=self._train_batch_size,
             interval=self.args.validation_interval,
             seed=self.args.seed,
+            ranks=self._ranks,
         )
 
     def _validation_loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -209,7 +218,10 @@ class ShapleyTrainer(Trainer):
                 count = None
                 if self.compute_loss_func is not None:
                     count = count_loss_tokens(inputs["labels"], shifts_labels(self.model)).sum()
-                return self.compute_loss(model, inputs, num_items_in_batch=count)
+                loss = self.compute_loss(model, inputs, num_items_in_batch=count)
+                # Trainer undoes the averaging over ranks, which is not made here.
+                scaled = count is not None and self.args.average_tokens_across_devices
+                return loss / self._ranks.count if scaled else loss
         finally:
             self.label_smoother = smoother
 
@@ -252,7 +264,7 @@ class ShapleyTrainer(Trainer):
                 "torch": torch.__version__,
             },
         }
-        return Ledger(self.value_dir, [target.name for target in self._targets], settings, after)
+        return Ledger(self.value_dir, [target.name for target in self._targets], settings, after, self._ranks)
 
     def _flush(self) -> None:
         if self._ledger is not None:
@@ -263,7 +275,7 @@ class ShapleyTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> Any:
-        """As `Trainer.train`. The ledger is complete when it returns or raises.
+        """As `Trainer.train`. The ledger is complete when it returns, on every rank, or raises.
 
         With `resume_from_checkpoint` the ledger in `value_dir` goes on after the checkpoint's update; what an
         interrupted run wrote after it is discarded. The values are those of a run that was never interrupted.
@@ -276,12 +288,15 @@ class ShapleyTrainer(Trainer):
         after = 0
         if self._checkpoint is not None:
             after = TrainerState.load_from_json(os.path.join(self._checkpoint, TRAINER_STATE_NAME)).global_step
+        self._ranks.wait()  # until all have looked for a ledger that is in the way
         self._ledger = self._make_ledger(after)
         try:
-            return super().train(self._checkpoint, trial, ignore_keys_for_eval)
+            result = super().train(self._checkpoint, trial, ignore_keys_for_eval)
         finally:
             self._end_run()
             self._ledger.close()
+        self._ranks.wait()
+        return result
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -297,13 +312,22 @@ class ShapleyTrainer(Trainer):
         else:
             tokens = torch.ones_like(sample_ids)
         assert self._valuation is not None
-        run = super().training_step
+        step = super().training_step
+
+        def run() -> Tensor:
+            # Trainer takes some of the inputs out of their dict.
+            return step(model, {**inputs}, num_items_in_batch)
+
+        def run_again() -> Tensor:
+            with self.accelerator.no_sync(model):
+                return run()
+
         micro_batch = MicroBatch(
             samples=len(sample_ids),
             positions=max((x.shape[1] for x in inputs.values() if isinstance(x, Tensor) and x.ndim > 1), default=1),
             micro_batches=self.current_gradient_accumulation_steps,
-            # Trainer takes some of the inputs out of their dict.
-            run=lambda: run(model, {**inputs}, num_items_in_batch),
+            run=run,
+            run_again=run_again,
         )
         return self._valuation.micro_batch(self.state.global_step + 1, sample_ids, tokens, micro_batch)
 
@@ -359,12 +383,28 @@ class ShapleyTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._valuation is not None:
+        if self._valuation is not None and self.args.should_save:
             self._valuation.save(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The state file, which Trainer writes next, makes the checkpoint complete: ledger and files of all ranks too.
+        self._ranks.wait()
 
 
 def last_checkpoint(output_dir: str) -> str | None:
-    return get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    """The newest one that is complete: a run may be killed in the midst of writing a checkpoint.
+
+    `Trainer` takes the newest folder; it writes the folder's state file last.
+    """
+    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name[11:].isdecimal()]
+    for folder in sorted(folders, key=lambda path: int(path.name[11:]), reverse=True):
+        try:
+            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        except (OSError, ValueError):
+            continue
+        return str(folder)
+    return None
 
 
 class UpdateBoundaries(TrainerCallback):

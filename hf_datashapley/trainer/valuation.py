@@ -22,6 +22,7 @@ from ..directions.validation import Validation
 from ..directions.weights import weights_at
 from ..ghost.capture import Capture
 from ..ledger import Ledger
+from ..ranks import Ranks
 from ..values.additivity import HALF_TOLERANCE, TOLERANCE, check_shares
 from ..values.statistics import LogStatistics
 from ..values.update import Update, UpdateAudit
@@ -46,12 +47,14 @@ class Valuation:
         validation: Validation,
         optimizer: Optimizer,
         ledger: Ledger,
+        ranks: Ranks,
         half_precision: bool,
     ):
         self.model = model
         self.capture = capture
         self.validation = validation
         self.ledger = ledger
+        self.ranks = ranks
         self.audit_steps = args.audit_steps
         self.tolerance = HALF_TOLERANCE if half_precision else TOLERANCE
         self.momentum = momentum_of(args)
@@ -72,7 +75,7 @@ class Valuation:
         if self._update is None:
             self._step = step
             learning_rate = float(self._optimizer.param_groups[0]["lr"])
-            self._update = Update(len(self.validation.targets), learning_rate)
+            self._update = Update(len(self.validation.targets), learning_rate, self.ranks)
             self.scores.begin(self.model, self._update, step)
         loss = self.scores.micro_batch(self._update, micro_batch)
         self._update.add(sample_ids, tokens, loss)
@@ -90,10 +93,10 @@ class Valuation:
         directions = self.scores.before_step(self.model, update, self._step)
         if not self._shares_checked:
             own, scored = update.own_values(), self.capture.parameters
-            self._shares_checked = check_shares(own, scored, directions, self.tolerance)
+            self._shares_checked = check_shares(own, scored, directions, self.ranks, self.tolerance)
         if self.audit_steps and self._step % self.audit_steps == 0:
             if self.momentum == "immediate":
-                samples = update.values().sum(0)
+                samples = update.sum_of(update.values())
             else:
                 samples = self.rule.immediate_sum(directions, self.capture.parameters, self.momentum)
             # Whatever values are made as if: it is the optimizer's own momentum and weight decay.

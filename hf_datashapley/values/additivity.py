@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ranks import Ranks
+
 
 TOLERANCE = 1e-3
 # With products in half precision.
@@ -16,12 +18,16 @@ HALF_TOLERANCE = 3e-2
 
 
 def check_shares(
-    values: Tensor, parameters: dict[str, nn.Parameter], directions: dict[str, Tensor], tolerance: float = TOLERANCE
+    values: Tensor,
+    parameters: dict[str, nn.Parameter],
+    directions: dict[str, Tensor],
+    ranks: Ranks,
+    tolerance: float = TOLERANCE,
 ) -> bool:
     """Holds the sum over samples of <c g_i, u_k> against <c G, u_k>, with c G in `.grad`.
 
-    `values` [N, K] of a whole update. Returns whether there was anything to compare (the directions may be zero);
-    waits for the device.
+    `values` [N, K] of a whole update, of this rank's samples. Returns whether there was anything to compare (the
+    directions may be zero); waits for the device.
 
     Raises:
         RuntimeError: the two differ by more than rounding.
@@ -31,12 +37,14 @@ def check_shares(
         gradient = parameters[name].grad
         if gradient is not None:
             expected += direction.flatten(1) @ gradient.flatten()
-    scale = torch.maximum(values.abs().sum(0), expected.abs())
-    error = (values.sum(0) - expected).abs()
+    total, size = values.sum(0), values.abs().sum(0)
+    ranks.sum_([total, size])
+    scale = torch.maximum(size, expected.abs())
+    error = (total - expected).abs()
     # A loss that is not finite compares false: it is the ledger's business, not this check's.
     if bool((error > tolerance * scale).any()):
         raise RuntimeError(
-            f"The samples' shares add up to {values.sum(0).tolist()}, the gradient gives {expected.tolist()} along "
+            f"The samples' shares add up to {total.tolist()}, the gradient gives {expected.tolist()} along "
             "the same directions: the model uses a scored parameter outside of its layer's forward (a fused loss, or "
             "F.linear(x, layer.weight) elsewhere), or its gradient is changed by a hook. Score other modules with "
             "`value_modules`, or turn the fused path off."

@@ -1,4 +1,7 @@
-"""Running mean, spread and share of negative values between two rows of the training log, kept on the device."""
+"""Running mean, spread and share of negative values between two rows of the training log, kept on the device.
+
+Over the samples of all ranks, so that the log does not depend on who writes it.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,9 @@ class LogStatistics:
         self._audits: list[Tensor] = []
 
     def add(self, update: UpdateValues) -> None:
-        values = update.values.double()
         losses = update.validation_losses.double()
-        counted = torch.ones_like(values)
-        sums = torch.stack([counted.sum(0), values.sum(0), values.square().sum(0), (values < 0).double().sum(0)])
-        sums = torch.cat([sums, torch.ones_like(losses).unsqueeze(0), losses.unsqueeze(0)])
-        sums = sums.masked_fill(update.skipped, 0.0)
+        whole = torch.stack([torch.ones_like(losses), losses]).masked_fill(update.skipped, 0.0)
+        sums = torch.cat([update.totals, whole])
         self._sums = sums if self._sums is None else self._sums + sums
         if update.audit is not None:
             audit = torch.stack([update.audit.samples, update.audit.carried, update.audit.actual]).double()

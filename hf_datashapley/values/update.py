@@ -1,8 +1,9 @@
 """The values of one update of the optimizer, gathered over its micro-batches.
 
-Everything stays on the device that trains: nothing here waits for a GPU.
+Everything stays on the device that trains: nothing here waits for a GPU. Of several ranks each gathers its own
+samples; what is said of the update as a whole is the same on all of them.
 
-Shapes: N samples of the update, B of a micro-batch, K targets.
+Shapes: N samples of the update on this rank, B of a micro-batch, K targets.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..ranks import Ranks
 
 
 @dataclass
@@ -41,8 +44,10 @@ class UpdateValues:
             NaN where they were not needed, because no step was made.
         clip: 0-dimensional, the factor by which clipping scaled the gradient.
         learning_rate: of the first parameter group.
-        skipped: 0-dimensional bool; the optimizer made no step, or the loss or a value was not finite.
+        skipped: 0-dimensional bool; the optimizer made no step, or the loss or a value was not finite on any rank.
         finite: 0-dimensional bool; losses and values were all finite.
+        totals: float64 [4, K], over the samples of all ranks: their number, sum of values, sum of squares, number of
+            negative values; all 0 where `skipped`.
         audit: of an audited update; it means nothing where `skipped`.
     """
 
@@ -55,22 +60,25 @@ class UpdateValues:
     learning_rate: float
     skipped: Tensor
     finite: Tensor
+    totals: Tensor
     audit: UpdateAudit | None = None
 
 
 class Update:
     """An update in the making: micro-batches and scores are added, then `finish` makes values of them.
 
-    Scores, <sample's share of the unclipped gradient, u>, are [B, K] for each micro-batch, in order; an update that
-    ends without them has value 0.
+    Scores, <what a backward pass gives as the sample's gradient, u>, are [B, K] for each micro-batch, in order; an
+    update that ends without them has value 0. The sample's share of the unclipped gradient is one rank's part of that:
+    ranks average their gradients.
     """
 
-    def __init__(self, targets: int, learning_rate: float):
+    def __init__(self, targets: int, learning_rate: float, ranks: Ranks):
         self.targets = targets
         self.learning_rate = learning_rate
+        self.ranks = ranks
         self.validation_losses: Tensor | None = None
         self.clip: Tensor | None = None
-        # Nats, [K], that the samples share by their loss tokens (order "path", smoothed slope).
+        # Nats that a sample gets for each of its loss tokens, [K] (order "path", smoothed slope).
         self.shared: Tensor | None = None
         self._sample_ids: list[Tensor] = []
         self._tokens: list[Tensor] = []
@@ -87,25 +95,39 @@ class Update:
     def num_samples(self) -> int:
         return sum(len(ids) for ids in self._sample_ids)
 
+    def players_and_tokens(self) -> tuple[Tensor, Tensor]:
+        """Samples that have a loss token, and loss tokens, on all ranks; 0-dimensional."""
+        tokens = torch.cat(self._tokens)
+        counts = torch.stack([tokens.gt(0).sum(), tokens.sum()])
+        self.ranks.sum_([counts])
+        players, total = counts.unbind()
+        return players, total
+
     @property
-    def num_players(self) -> Tensor:
-        """Samples that have a loss token, 0-dimensional."""
-        return torch.cat(self._tokens).gt(0).sum()
+    def share(self) -> float | Tensor:
+        """What makes c g_i of a sample's gradient as a backward pass gives it."""
+        share = 1 / self.ranks.count
+        return share if self.clip is None else share * self.clip
 
     def own_values(self) -> Tensor:
         """<c g_i, u>, [N, K]."""
         if not self.scores:
             return self._losses[0].new_zeros(self.num_samples, self.targets)
-        values = torch.cat(self.scores)
-        return values if self.clip is None else values * self.clip
+        return torch.cat(self.scores) * self.share
 
     def values(self) -> Tensor:
         """With what the samples share, [N, K]."""
         values = self.own_values()
         if self.shared is not None:
             tokens = torch.cat(self._tokens).to(values.dtype)
-            values = values + (tokens / tokens.sum().clamp(min=1)).unsqueeze(1) * self.shared
+            values = values + tokens.unsqueeze(1) * self.shared
         return values
+
+    def sum_of(self, values: Tensor) -> Tensor:
+        """The sum over the samples of all ranks, [K]."""
+        total = values.sum(0)
+        self.ranks.sum_([total])
+        return total
 
     def finish(self, step: int, optimizer_skipped: bool, audit: UpdateAudit | None = None) -> UpdateValues:
         values = self.values()
@@ -113,6 +135,11 @@ class Update:
         checked = self._losses if losses is None else [*self._losses, losses.sum()]
         # As the ledger will hold them: a float64 run can have values beyond float32.
         finite = torch.stack([loss.isfinite() for loss in checked]).all() & values.float().isfinite().all()
+        exact = values.double()
+        sums = [torch.ones_like(exact), exact, exact.square(), exact.lt(0).double()]
+        summed = torch.stack([*(x.sum(0) for x in sums), finite.logical_not().double().expand(self.targets)])
+        self.ranks.sum_([summed])
+        finite = summed[-1].eq(0).all()
         skipped = ~finite | optimizer_skipped
         return UpdateValues(
             step=step,
@@ -124,5 +151,6 @@ class Update:
             learning_rate=self.learning_rate,
             skipped=skipped,
             finite=finite,
+            totals=summed[:-1].masked_fill(skipped, 0.0),
             audit=audit,
         )

@@ -1,0 +1,139 @@
+"""Runs that two processes with batch b and one process with batch 2b make alike."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from models import build, collate, dataset, text_rows
+from oracles import Float64
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_datashapley import ShapleyConfig, ShapleyTrainer
+
+
+@dataclass
+class Case:
+    """`rows` training rows, of which a process takes `batch` at a time; `tolerance` of the largest in its update."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    model: str = "gpt2"
+    dtype: torch.dtype = torch.float32
+    rows: int = 24
+    batch: int = 2
+    validation: tuple[int, ...] = (3, 2)  # rows of each target
+    tolerance: float = 1e-5
+    parity: bool = False
+    poisoned: bool = False
+    own_loss: bool = False
+    equal_rows: bool = False
+
+
+SGD = {"optim": "sgd", "learning_rate": 1e-1}
+ADAM = {"optim": "adamw_torch_fused", "learning_rate": 1e-3}
+PATH = {"value_order": "path"}
+OWEN = {"value_order": "path", "path_slope": "owen"}
+DOUBLE: dict[str, Any] = {"dtype": torch.float64, "tolerance": 1e-7}
+CASES = {
+    "first": Case(SGD, parity=True),
+    "first project": Case({**SGD, "value_kernel": "project"}, parity=True),
+    "adam": Case({**ADAM, "value_kernel": "project", "validation_interval": 2}, "llama", parity=True, **DOUBLE),
+    "no clipping": Case({**SGD, "max_grad_norm": 0.0, "gradient_accumulation_steps": 1}, "neox"),
+    "idle rank": Case({**SGD, "validation_batch_size": 1}, validation=(1,)),
+    "second": Case({**SGD, "value_order": "second"}),
+    "path": Case({**ADAM, **PATH, "path_nodes": 2, "audit_steps": 2}, **DOUBLE),
+    "path replayed": Case({**ADAM, **PATH, "second_pass": "replay", "value_kernel": "project"}, parity=True, **DOUBLE),
+    "owen": Case({**ADAM, **OWEN, "audit_steps": 1}, **DOUBLE),
+    "owen replayed": Case({**ADAM, **OWEN, "second_pass": "replay"}, **DOUBLE),
+    "own loss": Case(SGD, own_loss=True),
+    "plain mean": Case(SGD, "gpt2-plain-mean", equal_rows=True),
+    "ragged": Case({**SGD, "gradient_accumulation_steps": 1}, rows=21, batch=4),
+    "poisoned": Case({**SGD, "max_grad_norm": 0.0}, poisoned=True),
+}
+
+
+def not_finite(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.sum() * 1e39
+
+
+class Poison(TrainerCallback):
+    """The loss of one rank is not finite in update 2."""
+
+    def __init__(self, trainer, rank):
+        self.trainer = trainer
+        self.own = trainer.args.process_index == rank
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.own and state.global_step == 1:
+            self.trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: (
+                outputs.logits.sum() * 1e39
+            )
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.trainer.compute_loss_func = None
+        if state.global_step == 1:  # the step was made; go on with sound weights
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.nan_to_num_(0.1, 0.1, 0.1)
+
+
+def summed_over_count(outputs, labels, num_items_in_batch=None):
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    summed = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    return summed / num_items_in_batch
+
+
+def arguments(case, folder, batch):
+    defaults = {
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "validation_batch_size": 3,
+        "logging_steps": 1,
+    }
+    fixed = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": batch,
+        "lr_scheduler_type": "constant",
+        **defaults,
+        **fixed,
+        **case.settings,
+    }
+
+
+def rows_of(case):
+    rows = text_rows(case.rows)
+    if case.equal_rows:
+        rows = [{"input_ids": (row["input_ids"] * 3)[:8], "labels": (row["input_ids"] * 3)[:8]} for row in rows]
+    return rows
+
+
+def make(folder, case, batch):
+    targets = {f"t{k}": dataset(text_rows(count, seed=20 + k)) for k, count in enumerate(case.validation)}
+    return ShapleyTrainer(
+        build(case.model, dtype=case.dtype),
+        ShapleyConfig(**arguments(case, folder, batch)),
+        train_dataset=dataset(rows_of(case), ids=range(100, 100 + case.rows)),
+        validation_dataset=targets,
+        data_collator=collate,
+        compute_loss_func=summed_over_count if case.own_loss else None,
+    )
+
+
+def plain(folder, case, batch):
+    own = {key: value for key, value in arguments(case, folder, batch).items() if hasattr(TrainingArguments, key)}
+    return Trainer(
+        build(case.model, dtype=case.dtype),
+        TrainingArguments(**{**own, "output_dir": str(folder)}),
+        train_dataset=dataset(rows_of(case)),
+        data_collator=collate,
+    )
+
+
+def train(trainer, case):
+    with Float64() if case.dtype == torch.float64 else nullcontext():
+        trainer.train()
+
+
+def tables(trainer):
+    return {"history": trainer.value_history()[:], "values": trainer.values()[:], "audit": trainer.audit()[:]}
