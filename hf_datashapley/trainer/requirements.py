@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import datasets
@@ -39,6 +40,13 @@ def refuse_first(refused: dict[str, tuple[bool, str]]) -> None:
 
 def check_launch(accelerator: Accelerator) -> None:
     """The same settings where they come from `accelerate launch` or its config file."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > accelerator.num_processes:
+        # What becomes of CPU processes whose training arguments do not say so: accelerate keeps it to itself.
+        raise ValueError(
+            f"this is one of {launched} processes that were launched together, but each would train by itself: set "
+            "use_cpu=True (--use_cpu True) to train on CPU, or launch one process"
+        )
     refused = {
         f"mixed precision {accelerator.mixed_precision}": (
             accelerator.mixed_precision not in ("no", "bf16"),
