@@ -14,6 +14,7 @@ from torch import nn
 from transformers import DataCollatorWithFlattening, Trainer
 
 from ..directions.optimizers import check_groups, check_optimizer_class
+from ..directions.validation import needs_half_precision
 from .config import ShapleyConfig
 
 
@@ -62,6 +63,22 @@ def check_launch(accelerator: Accelerator) -> None:
         ),
     }
     refuse_first(refused)
+
+
+def check_precision(accelerator: Accelerator, model: nn.Module, args: ShapleyConfig) -> None:
+    """What holds differences of losses against values needs losses in full precision."""
+    if accelerator.mixed_precision == "no" or not needs_half_precision(model):
+        return
+    wanted = {
+        "path_slope='owen'": args.value_order == "path" and args.path_slope == "owen",
+        f"audit_steps={args.audit_steps}": args.audit_steps > 0,
+    }
+    for setting, asked in wanted.items():
+        if asked:
+            raise ValueError(
+                f"{setting} compares losses in full precision, in which flash attention does not run: load the model "
+                "with attn_implementation='sdpa', or leave the setting at its default"
+            )
 
 
 def check_model(model: nn.Module) -> None:

@@ -88,6 +88,7 @@ class ShapleyTrainer(Trainer):
         self.args: ShapleyConfig = args
         requirements.check_launch(self.accelerator)
         requirements.check_model(self.model)
+        requirements.check_precision(self.accelerator, self.model, args)
         requirements.check_collator(self.data_collator)
         requirements.check_rows(self.train_dataset, "train_dataset")
         requirements.check_optimizer_choice(self, args)
