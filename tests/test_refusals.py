@@ -8,6 +8,7 @@ from datasets import Dataset
 from models import build, collate, dataset, text_rows
 from peft import IA3Config, PromptTuningConfig, get_peft_model
 from transformers import DataCollatorWithFlattening, LlamaForCausalLM, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_datashapley import ShapleyConfig, ShapleyTrainer, load_updates
 from hf_datashapley.ghost.capture import Capture
@@ -318,3 +319,31 @@ def test_a_parameter_used_outside_of_its_layer_is_noticed(tmp_path):
     run = trainer(tmp_path, model=model, optim="sgd")
     with pytest.raises(RuntimeError, match="outside of its layer's forward.*value_modules"):
         run.train()
+
+
+class FusedHead(LlamaForCausalLM):
+    """What Liger's patch makes of a model: in training the loss takes the head's weight, and the head never runs."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        if not self.training:
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = torch.nn.functional.linear(hidden, self.lm_head.weight)
+        return CausalLMOutputWithPast(loss=self.loss_function(logits, labels, self.config.vocab_size, **kwargs))
+
+
+@pytest.mark.parametrize("settings", [{"optim": "sgd"}, {}, {"value_order": "path"}], ids=["sgd", "adamw", "path"])
+def test_a_fused_loss_that_was_patched_in_by_hand_is_noticed(tmp_path, settings):
+    """In the first update that has values."""
+    run = trainer(tmp_path, model=FusedHead(build("llama").config), **settings)
+    with pytest.raises(RuntimeError, match="a fused loss.*value_modules"):
+        run.train()
+    assert run.state.global_step <= 1
+
+
+def test_a_fused_loss_whose_head_is_frozen_is_no_obstacle(tmp_path):
+    model = FusedHead(build("llama").config)
+    model.lm_head.requires_grad_(False)
+    run = trainer(tmp_path, model=model, optim="sgd", max_steps=2)
+    run.train()
+    assert any(run.values()["value"])

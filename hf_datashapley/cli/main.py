@@ -15,6 +15,7 @@ from importlib import import_module
 # Name, what it does; the module of the same name has `run(arguments)`.
 COMMANDS = {
     "demo": "train a small language model on text this Python holds, and value every document of it",
+    "accelerate_config": "print the path of a configuration for `accelerate launch`",
 }
 USAGE = "\n".join(
     [
@@ -23,7 +24,7 @@ USAGE = "\n".join(
         "The value of training data, measured while Hugging Face Trainer trains.",
         "",
         "commands:",
-        *(f"  {name:<10} {what}" for name, what in COMMANDS.items()),
+        *(f"  {name:<18} {what}" for name, what in COMMANDS.items()),
         "",
         "`datashapley COMMAND --help` shows what a command can be told.",
     ]

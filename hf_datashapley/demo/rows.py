@@ -83,7 +83,7 @@ def tokenise(
         batch = documents[i : i + ENCODED_AT_ONCE]
         encoded = tokenizer([document.text for document in batch], add_special_tokens=False, verbose=False)
         for document, tokens in zip(batch, encoded["input_ids"], strict=True):
-            tokens = tokens if start is None else [start, *tokens]
+            tokens = tokens if start is None or tokens[:1] == [start] else [start, *tokens]
             rows = [tokens[j : j + row_tokens] for j in range(0, len(tokens), row_tokens)]
             short = rows.pop() if len(rows) > 1 and len(rows[-1]) < SHORTEST else []
             yield TokenisedDocument(document, rows, len(short))

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..loss_tokens import count_loss_tokens
 from ..random_state import random_state_kept
@@ -142,8 +143,12 @@ class Validation:
 
     @torch.no_grad()
     def losses(self, model: nn.Module, update: int) -> Tensor:
-        """Every target's mean token loss on the rows of an update, [K]."""
-        with evaluating(model), random_state_kept():
+        """Every target's mean token loss on the rows of an update, [K].
+
+        Not under autocast: these losses are for differences between the two ends of a step, which in half precision
+        are smaller than the rounding of either.
+        """
+        with evaluating(model), without_autocast(model), random_state_kept():
             tokens, targets = self._shares(model, update)
             summed = torch.stack([sum(shares, no_loss(model)) for shares in targets])
         self.ranks.sum_([summed])
@@ -193,6 +198,33 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Within it the model runs in the precision of its weights, unless its attention cannot.
+
+    accelerate's mixed precision is a `forward` on the instance, which an autocast around it would not switch off.
+    """
+    own = vars(model)
+    if "_original_forward" not in own or needs_half_precision(model):
+        yield
+        return
+    mixed = own["forward"]
+    own["forward"] = own["_original_forward"]
+    try:
+        yield
+    finally:
+        own["forward"] = mixed
+
+
+def needs_half_precision(model: nn.Module) -> bool:
+    """Whether a kernel of flash attention, which takes nothing else, is part of the model."""
+    return any(
+        "flash" in (module.config._attn_implementation or "")
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+    )
 
 
 def _of(name: str) -> str:

@@ -229,6 +229,15 @@ def covering_rule(name: str, module: nn.Module, own: dict[str, str]) -> LayerRul
     """The layer's rule, or a `ValueError` that names the parameters which it would have to cover."""
     cure = "leave the module out with `value_modules`, or freeze it (requires_grad_(False))"
     parameters = ", ".join(own.values())
+    for local, parameter in own.items():
+        # A layer that is linear by its class may compute something else with such a weight (torchao, bitsandbytes).
+        kind = type(module._parameters[local])
+        if kind is not nn.Parameter:
+            raise ValueError(
+                f"{parameter} trains and is a {kind.__module__}.{kind.__name__}, not a plain tensor: a quantised or "
+                "distributed weight cannot be scored; train an adapter over a frozen quantised base (PEFT's "
+                f"LoraConfig), load the model unquantised, or {cure}"
+            )
     try:
         rule = rule_for(module)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import datasets
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import DataCollatorWithFlattening, Trainer
 
 from ..directions.optimizers import check_groups, check_optimizer_class
+from ..directions.validation import needs_half_precision
 from .config import ShapleyConfig
 
 
@@ -41,6 +43,13 @@ def refuse_first(refused: dict[str, tuple[bool, str]]) -> None:
 
 def check_launch(accelerator: Accelerator) -> None:
     """The same settings where they come from `accelerate launch` or its config file."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > accelerator.num_processes:
+        # What becomes of CPU processes whose training arguments do not say so: accelerate keeps it to itself.
+        raise ValueError(
+            f"this is one of {launched} processes that were launched together, but each would train by itself: set "
+            "use_cpu=True (--use_cpu True) to train on CPU, or launch one process"
+        )
     refused = {
         f"mixed precision {accelerator.mixed_precision}": (
             accelerator.mixed_precision not in ("no", "bf16"),
@@ -60,6 +69,22 @@ def check_launch(accelerator: Accelerator) -> None:
         ),
     }
     refuse_first(refused)
+
+
+def check_precision(accelerator: Accelerator, model: nn.Module, args: ShapleyConfig) -> None:
+    """What holds differences of losses against values needs losses in full precision."""
+    if accelerator.mixed_precision == "no" or not needs_half_precision(model):
+        return
+    wanted = {
+        "path_slope='owen'": args.value_order == "path" and args.path_slope == "owen",
+        f"audit_steps={args.audit_steps}": args.audit_steps > 0,
+    }
+    for setting, asked in wanted.items():
+        if asked:
+            raise ValueError(
+                f"{setting} compares losses in full precision, in which flash attention does not run: load the model "
+                "with attn_implementation='sdpa', or leave the setting at its default"
+            )
 
 
 def check_model(model: nn.Module) -> None:

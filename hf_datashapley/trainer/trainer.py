@@ -93,6 +93,7 @@ class ShapleyTrainer(Trainer):
             self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.is_local_main_process
         )
         requirements.check_model(self.model)
+        requirements.check_precision(self.accelerator, self.model, args)
         requirements.check_collator(self.data_collator)
         requirements.check_rows(self.train_dataset, "train_dataset")
         requirements.check_optimizer_choice(self, args)
