@@ -40,6 +40,8 @@ from hf_datashapley.trainer.trainer import last_checkpoint
 
 # Attempts within which a run gets through, if it gets anywhere at all.
 PATIENCE = 60
+# Part of an uninterrupted run's time within which an attempt is killed; a resumed one has less to do.
+SPAN = 0.7
 VOCABULARY = 101
 LENGTH = 12
 
@@ -144,6 +146,8 @@ def tables(folder: Path) -> list[dict[str, list[Any]]]:
 
 def main() -> None:
     (setting,) = HfArgumentParser(Setting).parse_args_into_dataclasses()
+    # For the processes to come, which share the cores.
+    os.environ["OMP_NUM_THREADS"] = "1"
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "hf_datashapley.trainer"])
     draw = random.Random(setting.seed)
     with tempfile.TemporaryDirectory() as temporary:
@@ -162,7 +166,9 @@ def main() -> None:
             folder = root / f"run-{runs}"
             attempts_of_run = 0
             # The last run is let through.
-            while Attempt(folder, setting).kill_after(draw.uniform(0, seconds) if kills < setting.kills else 600):
+            while Attempt(folder, setting).kill_after(
+                draw.uniform(0, SPAN * seconds) if kills < setting.kills else 600
+            ):
                 kills += 1
                 attempts_of_run += 1
                 bar.update()

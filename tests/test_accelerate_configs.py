@@ -69,10 +69,12 @@ import os, sys
 import torch
 from models import build, collate, dataset, text_rows
 from torch.nn.parallel import DistributedDataParallel
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser
+
+from hf_datashapley import ShapleyConfig, ShapleyTrainer
 
 
-class Looking(Trainer):
+class Looking(ShapleyTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         assert isinstance(model, DistributedDataParallel), type(model)
         assert torch.distributed.get_backend() == "gloo"
@@ -82,17 +84,19 @@ class Looking(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
-(args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
-trainer = Looking(build("gpt2"), args, train_dataset=dataset(text_rows(8)), data_collator=collate)
+(args,) = HfArgumentParser(ShapleyConfig).parse_args_into_dataclasses()
+rows = dataset(text_rows(8))
+trainer = Looking(build("gpt2"), args, train_dataset=rows, validation_dataset=rows, data_collator=collate)
 trainer.train()
-print(f"rank {args.process_index} made {trainer.state.global_step} updates on {len(trainer.get_train_dataloader())}")
+batches, valued = len(trainer.get_train_dataloader()), len(trainer.values())
+print(f"rank {args.process_index} made {trainer.state.global_step} updates on {batches}, {valued} values")
 torch.distributed.destroy_process_group()
 """
 
 
 @pytest.mark.slow
 def test_two_cpu_processes_train_together(tmp_path):
-    """The command as its help gives it, in a shell. Each process gets half of the 8 rows."""
+    """The command as its help gives it, in a shell. Each gets half of the 8 rows, and reads the values of all."""
     script = tmp_path / "train.py"
     script.write_text(WORKER)
     python = sys.executable
@@ -109,7 +113,7 @@ def test_two_cpu_processes_train_together(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
-        assert f"rank {rank} made 2 updates on 2" in done.stdout
+        assert f"rank {rank} made 2 updates on 2, 8 values" in done.stdout
 
 
 def test_processes_that_would_train_by_themselves(tmp_path, monkeypatch):
