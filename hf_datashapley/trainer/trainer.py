@@ -17,6 +17,7 @@ the class, and `tests/test_parity.py` notices when one of them changes.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -188,10 +189,11 @@ class ShapleyTrainer(Trainer):
         return dataset, self._get_collator_with_removed_columns(self.data_collator, description)
 
     def _make_validation(self) -> Validation:
+        trainer = weakref.proxy(self)  # as in `UpdateBoundaries`
         rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return Validation(
             self._targets,
-            self._validation_loss,
+            lambda model, batch: trainer._validation_loss(model, batch),
             shifted=shifts_labels(self.model),
             size=self.args.validation_batch_size or max(1, rows // 16),
             chunk=self._train_batch_size,
@@ -371,7 +373,8 @@ class UpdateBoundaries(TrainerCallback):
     """Tells the trainer when a run begins and when an update is over, between the step and the log row."""
 
     def __init__(self, trainer: ShapleyTrainer):
-        self.trainer = trainer
+        # A cycle would keep the model, and the loader's persistent workers, until the garbage collector comes by.
+        self.trainer = weakref.proxy(trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
