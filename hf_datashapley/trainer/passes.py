@@ -29,6 +29,7 @@ from ..directions.second_order import SecondOrder
 from ..directions.validation import Validation
 from ..ghost.capture import Capture
 from ..ghost.kept import Kept
+from ..ghost.packing import Packing
 from ..random_state import RandomState, random_state_kept
 from ..values.update import Update
 
@@ -49,6 +50,7 @@ class MicroBatch:
     positions: int
     micro_batches: int  # in the whole update
     run: Callable[[], Tensor]
+    packing: Packing | None = None  # of samples that share one row
 
 
 class Pass(Protocol):
@@ -142,7 +144,7 @@ class TwoPass:
             self._replays.append((RandomState(), micro_batch))
             if not isinstance(self.order, OwenOrder):
                 return micro_batch.run()
-        with self.capture.keeping(micro_batch.samples) as kept:
+        with self.capture.keeping(micro_batch.samples, micro_batch.packing) as kept:
             loss = micro_batch.run()
         if isinstance(self.order, OwenOrder):
             kept.add_squares(self._squares)
@@ -189,7 +191,7 @@ class TwoPass:
 
 def scored(capture: Capture, directions: dict[str, Tensor], micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """The loss of a micro-batch, and <sample's share of the gradient, direction>, [B, K]."""
-    with capture.scoring(directions, micro_batch.samples) as tap:
+    with capture.scoring(directions, micro_batch.samples, micro_batch.packing) as tap:
         loss = micro_batch.run()
     # No gradient where the loss reaches none of the scored layers.
     return loss, torch.zeros_like(tap) if tap.grad is None else tap.grad
