@@ -36,13 +36,15 @@ from .. import __version__
 from ..directions.second_order import check_twice_differentiable
 from ..directions.validation import Batch, Validation
 from ..ghost.capture import Capture, Kernel
+from ..ghost.packing import Packing
 from ..ledger import Ledger, load_audit, load_value_history, load_values
 from ..ledger.writer import refuse_existing
-from ..loss_tokens import count_loss_tokens, shifts_labels
+from ..loss_tokens import IGNORED, count_loss_tokens, shifts_labels
 from . import requirements
 from .config import ShapleyConfig
+from .packed import check_samples_apart, packs_samples
 from .passes import MicroBatch
-from .samples import BATCH_KEY, IdentifiedRows, IdentifyingCollator, read_sample_ids
+from .samples import BATCH_KEY, PLACES_KEY, IdentifiedRows, IdentifyingCollator, is_stream, read_sample_ids
 from .targets import read_targets
 from .valuation import Valuation, momentum_of
 
@@ -59,7 +61,8 @@ class ShapleyTrainer(Trainer):
 
     Args:
         model, args, train_dataset, ...: as `Trainer` takes them; `args` is a `ShapleyConfig`. `train_dataset` is
-            map-style; its rows may have a column of ids (`ShapleyConfig.sample_id_column`).
+            map-style, and its rows may have a column of ids (`ShapleyConfig.sample_id_column`), or a stream, whose
+            rows must have one.
         validation_dataset: rows whose mean token loss is to be explained, or a dict of them by the targets' names.
             They are collated like training rows.
 
@@ -71,6 +74,7 @@ class ShapleyTrainer(Trainer):
     # Trainer's own, which it does not annotate.
     data_collator: Any
     label_smoother: Any
+    current_gradient_accumulation_steps: int
 
     def __init__(
         self,
@@ -89,8 +93,8 @@ class ShapleyTrainer(Trainer):
         self.args: ShapleyConfig = args
         requirements.check_launch(self.accelerator)
         requirements.check_model(self.model)
-        requirements.check_collator(self.data_collator)
         requirements.check_rows(self.train_dataset, "train_dataset")
+        requirements.check_loading(self.accelerator, self.data_collator, self.train_dataset)
         requirements.check_optimizer_choice(self, args)
         if last_checkpoint(args.output_dir) is None:  # else the run may go on
             refuse_existing(Path(self.value_dir))
@@ -101,9 +105,14 @@ class ShapleyTrainer(Trainer):
             lambda dataset: self._rows_and_collator(dataset, "validation"),
             args.sample_id_column,
             shifts_labels(self.model),
+            packs_samples(self.data_collator),
             self._shows_progress,
         )
         self._validation = self._make_validation()
+        if packs_samples(self.data_collator):
+            target = self._targets[0]
+            row = target.rows[int(target.usable[0])]
+            check_samples_apart(self.model, self._validation_loss, target.collate, row)
         if args.value_order == "second":
             check_twice_differentiable(self.model, self._validation, self._capture.parameters)
         self._ledger: Ledger | None = None
@@ -294,18 +303,31 @@ class ShapleyTrainer(Trainer):
                 "a batch came without its samples' ids: get_train_dataloader was overridden; give the rows as "
                 "train_dataset, and what makes batches of them as data_collator"
             )
+        sample_ids = sample_ids.flatten()
+        places = inputs.pop(PLACES_KEY, None)
+        packing = None if places is None else Packing(places[0], inputs["input_ids"].shape[1])
         if "labels" in inputs:
-            tokens = count_loss_tokens(inputs["labels"], shifts_labels(self.model))
+            labels = inputs["labels"] if packing is None else packing.apart(inputs["labels"], padding=IGNORED)
+            tokens = count_loss_tokens(labels, shifts_labels(self.model))
         else:
             tokens = torch.ones_like(sample_ids)
         assert self._valuation is not None
-        run = super().training_step
+        positions = max((x.shape[1] for x in inputs.values() if isinstance(x, Tensor) and x.ndim > 1), default=1)
+        train = super().training_step
+        accumulation_steps = self.current_gradient_accumulation_steps
+
+        def run() -> Tensor:
+            # Replayed when the window may be another's: of a stream that ended within one, and began again.
+            self.current_gradient_accumulation_steps = accumulation_steps
+            # Trainer takes some of the inputs out of their dict.
+            return train(model, {**inputs}, num_items_in_batch)
+
         micro_batch = MicroBatch(
             samples=len(sample_ids),
-            positions=max((x.shape[1] for x in inputs.values() if isinstance(x, Tensor) and x.ndim > 1), default=1),
-            micro_batches=self.current_gradient_accumulation_steps,
-            # Trainer takes some of the inputs out of their dict.
-            run=lambda: run(model, {**inputs}, num_items_in_batch),
+            positions=positions if packing is None else packing.width,
+            micro_batches=accumulation_steps,
+            run=run,
+            packing=packing,
         )
         return self._valuation.micro_batch(self.state.global_step + 1, sample_ids, tokens, micro_batch)
 
@@ -334,10 +356,10 @@ class ShapleyTrainer(Trainer):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         rows, collate = self._rows_and_collator(dataset, description)
         own_collator = self.data_collator
-        self.data_collator = IdentifyingCollator(collate, self.args.sample_id_column)
+        self.data_collator = IdentifyingCollator(collate, self.args.sample_id_column, packs_samples(own_collator))
         try:
             return super()._get_dataloader(
-                IdentifiedRows(rows, self._sample_ids),
+                rows if is_stream(rows) else IdentifiedRows(rows, self._sample_ids),
                 description,
                 batch_size,
                 # The sampler looks at the rows themselves: their lengths, their columns.
@@ -347,6 +369,11 @@ class ShapleyTrainer(Trainer):
             )
         finally:
             self.data_collator = own_collator
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        if isinstance(data_collator, IdentifyingCollator):
+            return data_collator  # which removes them after it has taken the ids
+        return super()._get_collator_with_removed_columns(data_collator, description)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
