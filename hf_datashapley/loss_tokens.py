@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
+IGNORED = -100
 CAUSAL_LM_NAMES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
@@ -20,9 +21,9 @@ def shifts_labels(model: nn.Module) -> bool:
 
 
 def count_loss_tokens(labels: Tensor, shifted: bool) -> Tensor:
-    """Loss terms of each row, int64 [rows]; `labels` [rows, ...] with -100 where there is none."""
+    """Loss terms of each row, int64 [rows]; `labels` [rows, ...] with `IGNORED` where there is none."""
     if labels.is_floating_point():
         return labels.new_ones(labels.shape[0]).long()
     if labels.ndim == 1:
-        return labels.ne(-100).long()
-    return (labels[:, 1:] if shifted else labels).ne(-100).flatten(1).sum(1)
+        return labels.ne(IGNORED).long()
+    return (labels[:, 1:] if shifted else labels).ne(IGNORED).flatten(1).sum(1)

@@ -44,9 +44,14 @@ def prepare(
     row_losses=None,
     trainer_class=Recorder,
     rows=None,
+    train_dataset=None,
+    data_collator=collate,
     **settings,
 ):
-    """A recording trainer and the replay that knows the truth about its run."""
+    """A recording trainer and the replay that knows the truth about its run.
+
+    train_dataset: how the trainer is given `rows`, if not as a `datasets.Dataset`.
+    """
     model = build(model_name, dropout=dropout, attention=attention, dtype=dtype)
     twin = copy.deepcopy(model).double()
     rows = rows_for(model_name, 12) if rows is None else rows
@@ -56,11 +61,11 @@ def prepare(
     trainer = trainer_class(
         model=model,
         args=arguments,
-        train_dataset=dataset(rows),
+        train_dataset=dataset(rows) if train_dataset is None else train_dataset,
         validation_dataset=(
             dataset(validation[""]) if targets == ("",) else {name: dataset(rows) for name, rows in validation.items()}
         ),
-        data_collator=collate,
+        data_collator=data_collator,
         **custom,
     )
     sgd = "optimizers" in custom and isinstance(custom["optimizers"][0], SGD)

@@ -41,6 +41,7 @@ class MicroBatch:
     inputs: dict[str, Tensor]
     num_items: Tensor | None
     random_state: Tensor  # of torch, as the forward pass found it
+    window: int  # micro-batches that Trainer fetched together with it, itself included
     loss: float = float("nan")  # what Trainer differentiated, accumulation scaling included
 
 
@@ -63,12 +64,16 @@ class Recorder(ShapleyTrainer):
             self.updates.clear()  # auto_find_batch_size entered the loop again
         if len(self.updates) == step:
             self.updates.append(self._before_update(model))
-        known: dict[str, Tensor] = {key: inputs[key].clone() for key in ("input_ids", "attention_mask", "labels")}
-        micro_batch = MicroBatch(known, num_items_in_batch, torch.get_rng_state())
+        window = self.current_gradient_accumulation_steps
+        micro_batch = MicroBatch(self.padded(inputs), num_items_in_batch, torch.get_rng_state(), window)
         self.updates[-1].micro_batches.append(micro_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
         micro_batch.loss = float(loss)
         return loss
+
+    def padded(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """What the oracle is told of a micro-batch: a row for each sample, and which of its positions are real."""
+        return {key: inputs[key].clone() for key in ("input_ids", "attention_mask", "labels")}
 
     def _before_update(self, model: nn.Module) -> RecordedUpdate:
         names = {parameter: name for name, parameter in model.named_parameters()}
@@ -130,7 +135,7 @@ class Replay:
         self._load(update.weights)
         samples: list[tuple[int, int, Gradient]] = []
         for micro_batch in update.micro_batches:
-            samples.extend(self._samples(micro_batch, len(update.micro_batches)))
+            samples.extend(self._samples(micro_batch))
         total = add([sample for _, _, sample in samples])
         clip = clip_factor(total, self.max_norm)
         clipped = {name: clip * gradient for name, gradient in total.items()}
@@ -262,7 +267,7 @@ class Replay:
         batches = (collate([self.validation[target][int(row)]]) for row in rows)
         return validation_gradient(self.model, batches, self.validation_loss)
 
-    def _samples(self, micro_batch: MicroBatch, micro_batches: int) -> list[tuple[int, int, Gradient]]:
+    def _samples(self, micro_batch: MicroBatch) -> list[tuple[int, int, Gradient]]:
         """(row index, loss tokens, gradient share) of each sample, from the forward pass that training made."""
         labels = micro_batch.inputs["labels"]
         inputs = {key: value for key, value in micro_batch.inputs.items() if key != "labels"}
@@ -273,7 +278,7 @@ class Replay:
                 logits = self.model(**inputs).logits
         if labels.is_floating_point():
             labels = labels.double()
-        losses = self.row_losses(logits, labels, micro_batch.num_items, micro_batches)
+        losses = self.row_losses(logits, labels, micro_batch.num_items, micro_batch.window)
         total = float(losses.sum().detach())
         assert relative_error([micro_batch.loss], [total]) < self.loss_tolerance, "these are not Trainer's shares"
         gradients = per_sample_gradients(losses, trainable(self.model))

@@ -164,7 +164,7 @@ def test_second_order_under_sgd_is_theorem_4(tmp_path):
     model = replay.model.double().eval()
     parameters = dict(model.named_parameters())
     replay._load(trainer.updates[0].weights)
-    samples = replay._samples(trainer.updates[0].micro_batches[0], 1)
+    samples = replay._samples(trainer.updates[0].micro_batches[0])
     batch = {name: sum(sample[name] for _, _, sample in samples) for name in parameters}
     validation = collate([replay.validation[""][int(row)]])
     with Float64():

@@ -272,6 +272,9 @@ def test_model_is_restored_when_training_fails(tmp_path):
 # The private methods of Trainer that ShapleyTrainer relies on. A change of one is to be read before these are updated.
 PRIVATE = {
     "_inner_training_loop": "(self, batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)",
+    "_run_epoch": "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
+    "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)",
+    "_save_rng_state": "(self, output_dir)",
     "_get_dataloader": "(self, dataset, description, batch_size, sampler_fn, is_training, dataloader_key)",
     "_clip_grad_norm": "(self, model)",
     "_save_checkpoint": "(self, model, trial)",

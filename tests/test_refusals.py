@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from models import build, collate, dataset, text_rows
 from peft import IA3Config, PromptTuningConfig, get_peft_model
-from transformers import DataCollatorWithFlattening, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaForCausalLM, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_datashapley import ShapleyConfig, ShapleyTrainer, load_updates
@@ -182,11 +182,6 @@ def test_low_precision_model(tmp_path):
         trainer(tmp_path, model=build("llama", dtype=torch.bfloat16))
 
 
-def test_flattening_collator(tmp_path):
-    with pytest.raises(ValueError, match="DataCollatorWithFlattening.*DataCollatorForLanguageModeling"):
-        trainer(tmp_path, collator=DataCollatorWithFlattening())
-
-
 def test_a_collator_that_packs_rows_is_noticed_in_the_first_step(tmp_path):
     def pack(rows):
         batch = collate(rows)
@@ -195,7 +190,7 @@ def test_a_collator_that_packs_rows_is_noticed_in_the_first_step(tmp_path):
     run = trainer(
         tmp_path, model=build("llama"), collator=pack, validation=text_rows(1), per_device_train_batch_size=2
     )
-    with pytest.raises(ValueError, match="made 1 rows of input_ids from 2 samples"):
+    with pytest.raises(ValueError, match="made 1 rows of input_ids from 2 samples.*or DataCollatorWithFlattening"):
         run.train()
 
 
@@ -203,11 +198,6 @@ def test_a_collator_that_packs_rows_is_noticed_in_the_first_step(tmp_path):
 def test_training_rows(tmp_path, rows, named):
     with pytest.raises(ValueError, match=f"train_dataset is {named}"):
         trainer(tmp_path, rows=rows)
-
-
-def test_iterable_training_rows(tmp_path):
-    with pytest.raises(ValueError, match="iterable train_dataset.*from_list"):
-        trainer(tmp_path, rows=dataset(text_rows(8)).to_iterable_dataset(), max_steps=1)
 
 
 UNLABELLED = [{"input_ids": [3, 4, 5], "labels": [-100, -100, -100]}] * 3

@@ -16,7 +16,7 @@ from hf_datashapley import ShapleyConfig, ShapleyTrainer, load_audit, load_updat
 UPDATES = 12
 ORDERS = {
     "first": {},
-    "stale gradient": {"validation_interval": 5},
+    "stale gradient": {"validation_interval": 5, "audit_steps": 1},
     "path": {"value_order": "path", "audit_steps": 2},
     "owen": {"value_order": "path", "path_slope": "owen"},
 }
@@ -97,6 +97,16 @@ def test_killed_at_random_moments(arguments):
     process = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=400)
     assert process.returncode == 0, process.stderr[-3000:]
     assert f"{arguments[1]} kills" in process.stdout and "bit for bit" in process.stdout
+
+
+def test_a_run_that_is_over_makes_no_further_update(tmp_path):
+    """Killed after its last checkpoint, in the midst of an epoch."""
+    make(tmp_path / "run").train()
+    whole = tables(tmp_path / "run")
+    trainer = make(tmp_path / "run")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == UPDATES
+    assert tables(tmp_path / "run") == whole
 
 
 def test_another_runs_ledger_cannot_go_on(tmp_path):

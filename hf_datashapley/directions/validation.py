@@ -39,14 +39,16 @@ class ValidationTarget:
     usable: np.ndarray
 
     @classmethod
-    def of(cls, name: str, rows: Sequence[Any], collate: Collate, shifted: bool, progress: bool) -> ValidationTarget:
-        """Finds the rows that have loss tokens.
+    def of(
+        cls, name: str, rows: Sequence[Any], collate: Collate, shifted: bool, packs: bool, progress: bool
+    ) -> ValidationTarget:
+        """Finds the rows that have loss tokens. `packs`: `collate` makes one row of all that it is given.
 
         Raises:
             ValueError: none of the rows has a label.
         """
         usable: list[int] = []
-        chunk = 64
+        chunk = 1 if packs else 64
         starts = tqdm(range(0, len(rows), chunk), f"validation labels{_of(name)}", disable=not progress, leave=False)
         for start in starts:
             indices = range(start, min(start + chunk, len(rows)))

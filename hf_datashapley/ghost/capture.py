@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .kept import Kept
 from .kernels import KeptLinear, KeptOutput, ScoredLinear, ScoreOutput
+from .packing import Packing
 from .rules import LayerRule, LinearRule, positions, rule_for
 
 
@@ -42,6 +43,7 @@ class Site:
         self.tap: Tensor | None = None
         self.directions: dict[str, Tensor] = {}  # by the layer's names
         self.kept: Kept | None = None
+        self.packing: Packing | None = None  # of samples that share one row
 
     def __reduce__(self) -> tuple[type[Site], tuple[()]]:
         return (Site, ())
@@ -61,7 +63,14 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
             f"{site.name}: its input has no batch dimension, so its gradient cannot be told apart by sample; look up "
             "ids of shape [1, positions], leave it out with `value_modules`, or freeze it"
         )
-    if x.shape[0] != batch:
+    packing = site.packing
+    if packing is not None:
+        if x.shape[:2] != packing.shape:
+            raise ValueError(
+                f"{site.name}: its input {list(x.shape)} does not begin with the packed row's {list(packing.shape)}, "
+                "so its gradient cannot be told apart by sample; leave it out with `value_modules` or freeze it"
+            )
+    elif x.shape[0] != batch:
         # GPT-2 looks its position ids [1, P] up once for all rows: without a batch dimension, autograd would hand
         # over the position gradients already summed over the samples.
         if x.shape[0] != 1 or x.is_floating_point():
@@ -74,18 +83,24 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     if site.kernel == "fused" and isinstance(site.rule, LinearRule) and "weight" in site.parameters:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
+        rows = x if packing is None else packing.apart(x)
+        linear = None
         if site.kept is None:
             u, u_bias = site.directions["weight"], site.directions.get("bias")
-            return ScoredLinear.apply(x, weight, bias, site.tap, u, u_bias, site.rule.transposed)
-        if gradients_are_smaller(weight, x):
+            linear = ScoredLinear.apply(rows, weight, bias, site.tap, u, u_bias, site.rule.transposed)
+        elif gradients_are_smaller(weight, rows):
             keep = partial(site.kept.add_gradients, site.parameters)
-            return KeptLinear.apply(x, weight, bias, site.rule.transposed, keep)
+            linear = KeptLinear.apply(rows, weight, bias, site.rule.transposed, keep)
+        if linear is not None:
+            return linear if packing is None else packing.together(linear)
     output = own(self, *args, **kwargs)
-    if output.shape[0] != batch:
+    if packing is None and output.shape[0] != batch:
         output = output.expand(batch, *output.shape[1:])
     if site.kept is not None:
-        return KeptOutput.apply(output, x, partial(site.kept.add_inputs, site.parameters, site.rule))
-    return ScoreOutput.apply(output, x, site.tap, partial(site.rule.scores, directions=site.directions))
+        keep_inputs = partial(site.kept.add_inputs, site.parameters, site.rule)
+        return KeptOutput.apply(output, x, keep_inputs if packing is None else packing.each_apart(keep_inputs))
+    score = partial(site.rule.scores, directions=site.directions)
+    return ScoreOutput.apply(output, x, site.tap, score if packing is None else packing.each_apart(score))
 
 
 def gradients_are_smaller(weight: Tensor, x: Tensor) -> bool:
@@ -154,18 +169,21 @@ class Capture:
                 module.__dict__.pop(SITE, None)
 
     @contextmanager
-    def scoring(self, directions: dict[str, Tensor], batch_size: int) -> Iterator[Tensor]:
+    def scoring(
+        self, directions: dict[str, Tensor], batch_size: int, packing: Packing | None = None
+    ) -> Iterator[Tensor]:
         """Score every backward pass of a forward pass that runs within it; yields the tap, [batch_size, K] zeros.
 
         `directions`: for each of `self.parameters`, K directions, [K, *parameter.shape]. After `loss.backward()` the
         tap's `.grad` holds, for each sample and direction, the sum over parameters of <sample's share of the gradient
-        of `loss`, direction>.
+        of `loss`, direction>. `packing`: the samples are those of one row.
         """
         some = next(iter(directions.values()))
         tap = torch.zeros(batch_size, some.shape[0], dtype=some.dtype, device=some.device, requires_grad=True)
         try:
             for site in self._sites.values():
                 site.batch_size = batch_size
+                site.packing = packing
                 site.tap = tap
                 site.directions = {local: directions[name] for local, name in site.parameters.items()}
             yield tap
@@ -173,12 +191,13 @@ class Capture:
             self._rest()
 
     @contextmanager
-    def keeping(self, batch_size: int) -> Iterator[Kept]:
+    def keeping(self, batch_size: int, packing: Packing | None = None) -> Iterator[Kept]:
         """Keep what scoring needs, of every backward pass of a forward pass that runs within it."""
         kept = Kept(batch_size)
         try:
             for site in self._sites.values():
                 site.batch_size = batch_size
+                site.packing = packing
                 site.kept = kept
             yield kept
         finally:
@@ -186,7 +205,7 @@ class Capture:
 
     def _rest(self) -> None:
         for site in self._sites.values():
-            site.batch_size, site.tap, site.directions, site.kept = 0, None, {}, None
+            site.batch_size, site.tap, site.directions, site.kept, site.packing = 0, None, {}, None, None
 
     def kept_bytes(self, rows: int, length: int) -> int:
         """About how much room `keeping` takes for rows of `length` positions: inputs and output gradients."""

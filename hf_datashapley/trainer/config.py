@@ -55,7 +55,9 @@ class ShapleyConfig(TrainingArguments):
         audit_steps: every so many updates, measure what the update did to the validation losses, and hold the values
             against it (`ShapleyTrainer.audit`); three forward passes of the validation rows. 0: never. With
             `value_modules` what the other modules did is in `actual` only.
-        sample_id_column: int64 column with the samples' ids; a dataset without it is numbered by row.
+        sample_id_column: int64 column with the samples' ids; a dataset without it is numbered by row. A stream must
+            have it: integers from 0 on, each row's own, made where the rows are made. Rows of a stream that have the
+            same id get one value.
 
     Raises:
         ValueError: a setting has a value that is not offered.
@@ -110,7 +112,11 @@ class ShapleyConfig(TrainingArguments):
         default=0, metadata={"help": "Hold the values against the change of the loss every so many updates; 0: never."}
     )
     sample_id_column: str = field(
-        default="sample_id", metadata={"help": "Integer column with the samples' ids; without it, rows are numbered."}
+        default="sample_id",
+        metadata={
+            "help": "Integer column with the samples' ids; without it, rows are numbered, which those of a stream "
+            "cannot be."
+        },
     )
 
     def __post_init__(self) -> None:

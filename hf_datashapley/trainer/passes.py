@@ -29,6 +29,7 @@ from ..directions.second_order import SecondOrder
 from ..directions.validation import Validation
 from ..ghost.capture import Capture
 from ..ghost.kept import Kept
+from ..ghost.packing import Packing
 from ..random_state import RandomState, random_state_kept
 from ..values.update import Update
 
@@ -53,6 +54,7 @@ class MicroBatch:
     micro_batches: int  # in the whole update
     run: Callable[[], Tensor]
     run_again: Callable[[], Tensor]
+    packing: Packing | None = None  # of samples that share one row
 
 
 class Pass(Protocol):
@@ -85,8 +87,9 @@ class OnePass:
         return {} if self._gradients is None else {**self._gradients, "": self._losses}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self._losses = state.pop("")
-        self._gradients = state
+        self._losses = state[""]
+        # In the order in which they are summed up in a run that was not interrupted; files are sorted by name.
+        self._gradients = {name: state[name] for name in self.capture.parameters}
 
     def begin(self, model: nn.Module, update: Update, step: int) -> None:
         if self._gradients is None or self.validation.fresh(step):
@@ -98,7 +101,7 @@ class OnePass:
             self._gradients = None  # not needed again
 
     def micro_batch(self, update: Update, micro_batch: MicroBatch) -> Tensor:
-        loss, scores = scored(self.capture, self._directions, micro_batch.samples, micro_batch.run)
+        loss, scores = scored(self.capture, self._directions, micro_batch, micro_batch.run)
         update.scores.append(scores)
         return loss
 
@@ -146,7 +149,7 @@ class TwoPass:
             self._replays.append((RandomState(), micro_batch))
             if not isinstance(self.order, OwenOrder):
                 return micro_batch.run()
-        with self.capture.keeping(micro_batch.samples) as kept:
+        with self.capture.keeping(micro_batch.samples, micro_batch.packing) as kept:
             loss = micro_batch.run()
         if isinstance(self.order, OwenOrder):
             kept.add_squares(self._squares)
@@ -171,8 +174,8 @@ class TwoPass:
             with random_state_kept(), gradients_aside(model):
                 for state, micro_batch in self._replays:
                     state.restore()
-                    run = micro_batch.run_again
-                    update.scores.append(scored(self.capture, directions, micro_batch.samples, run)[1])
+                    _, scores = scored(self.capture, directions, micro_batch, micro_batch.run_again)
+                    update.scores.append(scores)
         self._kept, self._replays = [], []
         if isinstance(order, OwenOrder):
             before, after = order.path_ends(model, self.validation, step)
@@ -194,10 +197,10 @@ class TwoPass:
 
 
 def scored(
-    capture: Capture, directions: dict[str, Tensor], samples: int, run: Callable[[], Tensor]
+    capture: Capture, directions: dict[str, Tensor], micro_batch: MicroBatch, run: Callable[[], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The loss of a micro-batch, and <sample's gradient, direction>, [B, K]."""
-    with capture.scoring(directions, samples) as tap:
+    with capture.scoring(directions, micro_batch.samples, micro_batch.packing) as tap:
         loss = run()
     # No gradient where the loss reaches none of the scored layers.
     return loss, torch.zeros_like(tap) if tap.grad is None else tap.grad

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 from peft import PeftModel
 from torch import nn
-from transformers import DataCollatorWithFlattening, Trainer
+from transformers import Trainer
 
 from ..directions.optimizers import check_groups, check_optimizer_class
 from ..directions.validation import needs_half_precision
 from .config import ShapleyConfig
+from .packed import packs_samples
+from .samples import is_stream
 
 
 DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -104,22 +105,27 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def check_collator(collator: Any) -> None:
-    if isinstance(collator, DataCollatorWithFlattening):
+def check_loading(accelerator: Accelerator, collator: Any, dataset: Any) -> None:
+    """What of the loader's settings goes together."""
+    dispatches = accelerator.dispatch_batches or (accelerator.dispatch_batches is None and is_stream(dataset))
+    if packs_samples(collator) and dispatches and accelerator.num_processes > 1:
         raise ValueError(
-            "ShapleyTrainer does not support DataCollatorWithFlattening yet, which packs the samples of a batch into "
-            "one row: use DataCollatorForLanguageModeling(tokenizer, mlm=False)"
+            "ShapleyTrainer does not support DataCollatorWithFlattening with batches that one process hands out to "
+            "all, since a packed row cannot be split: set accelerator_config={'dispatch_batches': False}"
         )
 
 
 def check_rows(dataset: Any, name: str) -> None:
     """`name` is the argument that the rows came in."""
     if dataset is None:
-        raise ValueError(f"{name} is missing: give a map-style dataset (datasets.Dataset, a list of rows)")
-    if isinstance(dataset, torch.utils.data.IterableDataset | datasets.IterableDataset):
+        raise ValueError(f"{name} is missing: give a dataset (datasets.Dataset, a list of rows)")
+
+
+def check_map_style(dataset: Any, name: str) -> None:
+    if is_stream(dataset):
         raise ValueError(
-            f"ShapleyTrainer does not support an iterable {name} yet: give a map-style dataset, for example "
-            "datasets.Dataset.from_list(list(dataset.take(n)))"
+            f"ShapleyTrainer does not support an iterable {name}, whose rows are drawn again and again: give a "
+            "map-style dataset, for example datasets.Dataset.from_list(list(dataset.take(n)))"
         )
 
 

@@ -4,10 +4,15 @@ Columns that the model does not know are dropped before the collator, and collat
 id does not travel in the row: the dataset hands out (row, id) pairs, and the collator is wrapped to take the ids off
 before the user's collator sees the rows and to put them into the batch afterwards. The rows are those that `Trainer`
 would have handed out.
+
+A stream is not wrapped, so that its sharding among workers and processes, `set_epoch` and the like stay its own. Its
+rows carry their ids in a column, and the wrapped collator, which comes before columns are dropped, takes them out.
+Whether two rows of a stream have the same id cannot be seen: they would get one value.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -18,12 +23,21 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
+from ..ghost.packing import real_places
 from ..random_state import random_state_kept
+from .packed import packed_lengths
 
 
-# A key of the batch that no model argument and no column is called.
+# Keys of the batch that no model argument and no column is called.
 BATCH_KEY = "_datashapley_sample_id"
+PLACES_KEY = "_datashapley_places"
+LARGEST_ID = np.iinfo(np.int64).max
 SHOWN = 5
+STREAM_CURE = (
+    "give each row an integer of its own where the rows are made: a column of the files, what your generator yields, "
+    "or dataset.add_column({column!r}, range(len(dataset))) before to_iterable_dataset(); not by "
+    "map(..., with_indices=True), which counts from 0 in every shard or worker and so gives several rows the same id"
+)
 
 
 class IdentifiedRow(NamedTuple):
@@ -70,30 +84,102 @@ class WithoutColumn:
 
 
 class IdentifyingCollator:
-    """Collates the rows of `IdentifiedRow`s with the user's collator and adds their ids, int64 [rows]."""
+    """Collates the rows of its items with the user's collator and adds their ids.
 
-    def __init__(self, collate: Callable[[list[Any]], Any], id_column: str):
+    What it adds are tensors that begin with the batch's own first dimension, as accelerate's slicing and broadcasting
+    want it: ids are int64 [rows], or, of samples that the collator packs into one row (`packs`), [1, samples]; with
+    these comes where the samples lie, [1, samples, positions] of `real_places`.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], id_column: str, packs: bool):
         self.collate = WithoutColumn(collate, id_column)
+        self.id_column = id_column
+        self.packs = packs
 
-    def __call__(self, items: list[IdentifiedRow]) -> Any:
-        batch = self.collate([item.row for item in items])
+    def __call__(self, items: list[Any]) -> Any:
+        pairs = identified(items, self.id_column)
+        ids = torch.tensor([pair.sample_id for pair in pairs], dtype=torch.int64)
+        rows = [pair.row for pair in pairs]
+        batch = self.collate(rows)
+        if self.packs:
+            batch[PLACES_KEY] = real_places(packed_lengths(rows, batch)).unsqueeze(0)
+            batch[BATCH_KEY] = ids.unsqueeze(0)
+            return batch
         for name in ("input_ids", "labels"):
-            if name in batch and len(batch[name]) != len(items):
+            if name in batch and len(batch[name]) != len(rows):
                 raise ValueError(
-                    f"the data collator made {len(batch[name])} rows of {name} from {len(items)} samples, which "
+                    f"the data collator made {len(batch[name])} rows of {name} from {len(rows)} samples, which "
                     "cannot be told apart any more: use one that keeps a row for each sample "
-                    "(DataCollatorForLanguageModeling(tokenizer, mlm=False))"
+                    "(DataCollatorForLanguageModeling(tokenizer, mlm=False)), or DataCollatorWithFlattening"
                 )
-        batch[BATCH_KEY] = torch.tensor([item.sample_id for item in items], dtype=torch.int64)
+        batch[BATCH_KEY] = ids
         return batch
 
 
+def identified(items: list[Any], id_column: str) -> list[IdentifiedRow]:
+    """What the loader hands out: pairs of `IdentifiedRows`, or rows of a stream."""
+    if isinstance(items[0], IdentifiedRow):
+        return items
+    return [IdentifiedRow(row, stream_id(row, id_column)) for row in items]
+
+
+def stream_id(row: Any, column: str) -> int:
+    """The id that a row of a stream carries.
+
+    Raises:
+        ValueError: it has none, or one that is not an integer from 0 to 2**63 - 1.
+    """
+    cure = STREAM_CURE.format(column=column)
+    if not isinstance(row, Mapping) or column not in row:
+        raise ValueError(
+            f"train_dataset is a stream, whose rows cannot be numbered, and one of them has no column {column!r} "
+            f"(`sample_id_column`): {cure}"
+        )
+    value = row[column]
+    try:
+        sample_id = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:  # not an integer, also not one of NumPy or torch
+        sample_id = -1
+    if not 0 <= sample_id <= LARGEST_ID:
+        raise ValueError(f"{column} of a row is {value!r}, not an integer from 0 to 2**63 - 1: {cure}")
+    return sample_id
+
+
+def is_stream(dataset: Any) -> bool:
+    """`datasets.IterableDataset` is a subclass too."""
+    return isinstance(dataset, torch.utils.data.IterableDataset)
+
+
+def check_stream(dataset: Any, column: str) -> None:
+    """Looks whether the rows of a stream carry ids, as far as that can be seen without using it up.
+
+    A `datasets.IterableDataset` can be asked for its columns, or for its first row, which it yields again later; of
+    another one the first batch tells.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if not isinstance(dataset, datasets.IterableDataset):
+        return
+    features = dataset.features
+    if features is not None and column in features and pa.types.is_integer(features.arrow_schema.field(column).type):
+        return
+    with random_state_kept():
+        first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("train_dataset is empty: give it at least one row")
+    stream_id(first, column)
+
+
 def read_sample_ids(dataset: Any, column: str, progress: bool) -> np.ndarray | None:
-    """The ids of a map-style dataset's rows, int64 [rows], or None where it has no such column.
+    """The ids of a map-style dataset's rows, int64 [rows], or None where it has no such column, or is a stream.
 
     Raises:
         ValueError: an id is missing, not an integer, negative, or stands twice; the first offenders are shown.
     """
+    if is_stream(dataset):
+        check_stream(dataset, column)
+        return None
     if len(dataset) == 0:
         raise ValueError("train_dataset is empty: give it at least one row")
     if isinstance(dataset, datasets.Dataset):
@@ -119,7 +205,7 @@ def read_sample_ids(dataset: Any, column: str, progress: bool) -> np.ndarray | N
 def checked_ids(ids: np.ndarray, column: str) -> np.ndarray:
     """int64 ids from integers of any width, if none is out of range or stands twice."""
     refuse("is negative", ids < 0, ids, column)
-    refuse("is above 2**63 - 1", ids > np.iinfo(np.int64).max, ids, column)
+    refuse("is above 2**63 - 1", ids > LARGEST_ID, ids, column)
     ids = ids.astype(np.int64)
     order = np.argsort(ids, kind="stable")
     again = np.zeros(len(ids), bool)

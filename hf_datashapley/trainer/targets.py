@@ -15,6 +15,7 @@ def read_targets(
     rows_and_collator: Callable[[Any], tuple[Any, Collate]],
     id_column: str,
     shifted: bool,
+    packs: bool,
     progress: bool,
 ) -> list[ValidationTarget]:
     """The targets of one dataset, whose target is called "", or of a dict of datasets.
@@ -33,8 +34,9 @@ def read_targets(
             raise ValueError(f"validation_dataset: {name!r} names a target; give each a name of its own, a string")
         argument = f"validation_dataset[{name!r}]" if name else "validation_dataset"
         requirements.check_rows(dataset, argument)
+        requirements.check_map_style(dataset, argument)
         if len(dataset) == 0:
             raise ValueError(f"{argument} is empty: give it a row at least")
         rows, collate = rows_and_collator(dataset)
-        targets.append(ValidationTarget.of(name, rows, WithoutColumn(collate, id_column), shifted, progress))
+        targets.append(ValidationTarget.of(name, rows, WithoutColumn(collate, id_column), shifted, packs, progress))
     return targets

@@ -17,6 +17,7 @@ the class, and `tests/test_parity.py` notices when one of them changes.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,14 +37,16 @@ from .. import __version__
 from ..directions.second_order import check_twice_differentiable
 from ..directions.validation import Batch, Validation
 from ..ghost.capture import Capture, Kernel
+from ..ghost.packing import Packing
 from ..ledger import Ledger, load_audit, load_value_history, load_values
 from ..ledger.writer import refuse_existing
-from ..loss_tokens import count_loss_tokens, shifts_labels
+from ..loss_tokens import IGNORED, count_loss_tokens, shifts_labels
 from ..ranks import Ranks
 from . import requirements
 from .config import ShapleyConfig
+from .packed import check_samples_apart, packs_samples
 from .passes import MicroBatch
-from .samples import BATCH_KEY, IdentifiedRows, IdentifyingCollator, read_sample_ids
+from .samples import BATCH_KEY, PLACES_KEY, IdentifiedRows, IdentifyingCollator, is_stream, read_sample_ids
 from .targets import read_targets
 from .valuation import Valuation, momentum_of
 
@@ -60,7 +63,8 @@ class ShapleyTrainer(Trainer):
 
     Args:
         model, args, train_dataset, ...: as `Trainer` takes them; `args` is a `ShapleyConfig`. `train_dataset` is
-            map-style; its rows may have a column of ids (`ShapleyConfig.sample_id_column`).
+            map-style, and its rows may have a column of ids (`ShapleyConfig.sample_id_column`), or a stream, whose
+            rows must have one.
         validation_dataset: rows whose mean token loss is to be explained, or a dict of them by the targets' names.
             They are collated like training rows.
 
@@ -72,6 +76,7 @@ class ShapleyTrainer(Trainer):
     # Trainer's own, which it does not annotate.
     data_collator: Any
     label_smoother: Any
+    current_gradient_accumulation_steps: int
 
     def __init__(
         self,
@@ -94,8 +99,8 @@ class ShapleyTrainer(Trainer):
         )
         requirements.check_model(self.model)
         requirements.check_precision(self.accelerator, self.model, args)
-        requirements.check_collator(self.data_collator)
         requirements.check_rows(self.train_dataset, "train_dataset")
+        requirements.check_loading(self.accelerator, self.data_collator, self.train_dataset)
         requirements.check_optimizer_choice(self, args)
         if last_checkpoint(args.output_dir) is None:  # else the run may go on
             refuse_existing(Path(self.value_dir))
@@ -106,9 +111,14 @@ class ShapleyTrainer(Trainer):
             lambda dataset: self._rows_and_collator(dataset, "validation"),
             args.sample_id_column,
             shifts_labels(self.model),
+            packs_samples(self.data_collator),
             self._shows_progress,
         )
         self._validation = self._make_validation()
+        if packs_samples(self.data_collator):
+            target = self._targets[0]
+            row = target.rows[int(target.usable[0])]
+            check_samples_apart(self.model, self._validation_loss, target.collate, row)
         if args.value_order == "second":
             # Every rank on all rows: each has to see for itself.
             alone = replace(self._validation, ranks=Ranks())
@@ -197,10 +207,11 @@ class ShapleyTrainer(Trainer):
         return dataset, self._get_collator_with_removed_columns(self.data_collator, description)
 
     def _make_validation(self) -> Validation:
+        trainer = weakref.proxy(self)  # as in `UpdateBoundaries`
         rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return Validation(
             self._targets,
-            self._validation_loss,
+            lambda model, batch: trainer._validation_loss(model, batch),
             shifted=shifts_labels(self.model),
             size=self.args.validation_batch_size or max(1, rows // 16),
             chunk=self._train_batch_size,
@@ -308,27 +319,36 @@ class ShapleyTrainer(Trainer):
                 "a batch came without its samples' ids: get_train_dataloader was overridden; give the rows as "
                 "train_dataset, and what makes batches of them as data_collator"
             )
+        sample_ids = sample_ids.flatten()
+        places = inputs.pop(PLACES_KEY, None)
+        packing = None if places is None else Packing(places[0], inputs["input_ids"].shape[1])
         if "labels" in inputs:
-            tokens = count_loss_tokens(inputs["labels"], shifts_labels(self.model))
+            labels = inputs["labels"] if packing is None else packing.apart(inputs["labels"], padding=IGNORED)
+            tokens = count_loss_tokens(labels, shifts_labels(self.model))
         else:
             tokens = torch.ones_like(sample_ids)
         assert self._valuation is not None
-        step = super().training_step
+        positions = max((x.shape[1] for x in inputs.values() if isinstance(x, Tensor) and x.ndim > 1), default=1)
+        train = super().training_step
+        accumulation_steps = self.current_gradient_accumulation_steps
 
         def run() -> Tensor:
             # Trainer takes some of the inputs out of their dict.
-            return step(model, {**inputs}, num_items_in_batch)
+            return train(model, {**inputs}, num_items_in_batch)
 
         def run_again() -> Tensor:
+            # The window may be another's by now: of a stream that ended within one, and began again.
+            self.current_gradient_accumulation_steps = accumulation_steps
             with self.accelerator.no_sync(model):
                 return run()
 
         micro_batch = MicroBatch(
             samples=len(sample_ids),
-            positions=max((x.shape[1] for x in inputs.values() if isinstance(x, Tensor) and x.ndim > 1), default=1),
-            micro_batches=self.current_gradient_accumulation_steps,
+            positions=positions if packing is None else packing.width,
+            micro_batches=accumulation_steps,
             run=run,
             run_again=run_again,
+            packing=packing,
         )
         return self._valuation.micro_batch(self.state.global_step + 1, sample_ids, tokens, micro_batch)
 
@@ -344,6 +364,11 @@ class ShapleyTrainer(Trainer):
         with self._capture.attached():
             return super()._inner_training_loop(*args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that goes on from its own last checkpoint is over; `Trainer` would make one more update.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_dataloader(
         self,
         dataset: Any,
@@ -357,10 +382,10 @@ class ShapleyTrainer(Trainer):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         rows, collate = self._rows_and_collator(dataset, description)
         own_collator = self.data_collator
-        self.data_collator = IdentifyingCollator(collate, self.args.sample_id_column)
+        self.data_collator = IdentifyingCollator(collate, self.args.sample_id_column, packs_samples(own_collator))
         try:
             return super()._get_dataloader(
-                IdentifiedRows(rows, self._sample_ids),
+                rows if is_stream(rows) else IdentifiedRows(rows, self._sample_ids),
                 description,
                 batch_size,
                 # The sampler looks at the rows themselves: their lengths, their columns.
@@ -370,6 +395,11 @@ class ShapleyTrainer(Trainer):
             )
         finally:
             self.data_collator = own_collator
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        if isinstance(data_collator, IdentifyingCollator):
+            return data_collator  # which removes them after it has taken the ids
+        return super()._get_collator_with_removed_columns(data_collator, description)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
@@ -412,7 +442,8 @@ class UpdateBoundaries(TrainerCallback):
     """Tells the trainer when a run begins and when an update is over, between the step and the log row."""
 
     def __init__(self, trainer: ShapleyTrainer):
-        self.trainer = trainer
+        # A cycle would keep the model, and the loader's persistent workers, until the garbage collector comes by.
+        self.trainer = weakref.proxy(trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
