@@ -4,7 +4,7 @@
 package does with sample ids is not trusted here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -296,10 +296,17 @@ def history_of(trainer: ShapleyTrainer) -> dict[int, list[dict[str, Any]]]:
     return history
 
 
-def assert_history(trainer: Recorder, replay: Replay, tolerance: float, row_of_id: Mapping[int, int] | None = None):
+def assert_history(
+    trainer: Recorder,
+    replay: Replay,
+    tolerance: float,
+    row_of_id: Mapping[int, int] | None = None,
+    steps: Collection[int] | None = None,
+):
     """Every update of the run: the same samples, tokens and values as the oracle's. Returns the worst error seen.
 
     row_of_id: row index of each sample id; None: the ids are the row indices.
+    steps: the updates whose values are compared; None: all.
     """
     history = history_of(trainer)
     assert sorted(history) == list(range(1, len(trainer.updates) + 1))
@@ -310,6 +317,8 @@ def assert_history(trainer: Recorder, replay: Replay, tolerance: float, row_of_i
         assert sorted(indices) == sorted(truth.tokens), f"update {step} scored other samples than it trained on"
         assert [row["tokens"] for row in rows] == [truth.tokens[index] for index in indices]
         for target, values in truth.values.items():
+            if steps is not None and step not in steps:
+                continue
             column = f"value_{target}" if target else "value"
             error = relative_error([row[column] for row in rows], [values[index] for index in indices])
             worst = max(worst, error)

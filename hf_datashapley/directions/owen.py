@@ -63,14 +63,15 @@ class OwenOrder:
         self.rule = rule
         self.parameters = parameters
         self.nodes = gauss_legendre(nodes)
-        self._weights, self._slopes = NodeWeights(), NodeWeights()
+        self._weights, self._slopes = NodeWeights(), NodeWeights(full=True)
 
     def directions(
         self, model: nn.Module, validation: Validation, update: int, squares: dict[str, Tensor], samples: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """u, [K, *shape] by name, and the targets' mean losses along the path, [K].
 
-        `squares`: Q by name, [*shape]; `samples`: n, 0-dimensional, of the samples that have a loss token.
+        `squares`: Q by name, [*shape], in full precision; `samples`: n, 0-dimensional, of the samples that have a loss
+        token.
         """
         moving = self.rule.moving
         names = {parameter: name for name, parameter in self.parameters.items()}

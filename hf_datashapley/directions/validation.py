@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..full_precision import in_full
 from ..loss_tokens import count_loss_tokens
 from ..random_state import random_state_kept
 
@@ -78,7 +79,8 @@ class Validation:
     """All targets, and how to compute their losses and gradients.
 
     `size` rows of each target are used at an update, in forward passes of at most `chunk` rows; a draw serves
-    `interval` updates. `loss(model, batch)` gives the mean token loss of a batch on the model's device.
+    `interval` updates. `loss(model, batch)` gives the mean token loss of a batch on the model's device. Where backward
+    passes run in float16, `loss_scale()` is what keeps their gradients in its range, 0-dimensional; else None.
     """
 
     targets: list[ValidationTarget]
@@ -88,6 +90,7 @@ class Validation:
     chunk: int
     interval: int
     seed: int
+    loss_scale: Callable[[], Tensor | None] = lambda: None
 
     def rows_of(self, update: int) -> dict[str, np.ndarray]:
         """Indices of the rows that update number `update` (from 1) is scored against, by target."""
@@ -107,12 +110,15 @@ class Validation:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients of every target's mean token loss, [K, *shape] by parameter name, and the losses, [K].
 
+        Both are summed up, and returned, in full precision.
+
         `differentiate` makes something else of a loss, linear in it and of the shapes of `parameters`.
         """
         chosen = list(parameters.values())
         if differentiate is None:
             differentiate = partial(torch.autograd.grad, inputs=chosen, materialize_grads=True)
         rows = self.rows_of(update)
+        scale = self.loss_scale()
         per_target = []
         losses = []
         with evaluating(model), random_state_kept():
@@ -120,16 +126,16 @@ class Validation:
                 total_loss: Tensor | None = None
                 total: list[Tensor] = []
                 for loss in self._shares(model, target, rows[target.name]):
-                    found = differentiate(loss)
+                    found = differentiate(loss if scale is None else loss * scale)
                     if total_loss is None:
-                        total_loss, total = loss.detach(), list(found)
+                        total_loss, total = loss.detach(), [in_full(gradient) for gradient in found]
                     else:
                         total_loss = total_loss + loss.detach()
                         for sum_, gradient in zip(total, found, strict=True):
                             sum_ += gradient
                 assert total_loss is not None
                 losses.append(total_loss)
-                per_target.append(total)
+                per_target.append(total if scale is None else [gradient / scale for gradient in total])
         if len(per_target) == 1:
             stacked = [gradient.unsqueeze(0) for gradient in per_target[0]]
         else:
@@ -153,7 +159,7 @@ class Validation:
         for batch, count in zip(chunks, tokens, strict=True):
             if count == 0 and any(tokens):
                 continue  # a collator that masks at random may leave a row without a label
-            yield self.loss(model, batch) * (count / max(sum(tokens), 1))
+            yield in_full(self.loss(model, batch)) * (count / max(sum(tokens), 1))
 
 
 def sum_of(tensors: Iterable[Tensor]) -> Tensor:

@@ -27,6 +27,7 @@ from ..directions.owen import OwenOrder
 from ..directions.path import PathOrder
 from ..directions.second_order import SecondOrder
 from ..directions.validation import Validation
+from ..full_precision import full_dtype
 from ..ghost.capture import Capture
 from ..ghost.kept import Kept
 from ..random_state import RandomState, random_state_kept
@@ -130,7 +131,10 @@ class TwoPass:
         self._kept, self._replays = [], []
         if isinstance(self.order, OwenOrder):
             if not self._squares:
-                self._squares = {name: torch.empty_like(p.data) for name, p in self.capture.parameters.items()}
+                self._squares = {
+                    name: torch.empty_like(p.data, dtype=full_dtype(p.dtype))
+                    for name, p in self.capture.parameters.items()
+                }
             for squares in self._squares.values():
                 squares.zero_()
 
@@ -154,8 +158,8 @@ class TwoPass:
         order = self.order
         if isinstance(order, OwenOrder):
             for squares in self._squares.values():
-                if update.clip is not None:
-                    squares.mul_(update.clip.square())
+                if update.factor is not None:
+                    squares.mul_(update.factor.square())
             directions, losses = order.directions(model, self.validation, step, self._squares, update.num_players)
         else:
             directions, losses = order.directions(model, self.validation, step)

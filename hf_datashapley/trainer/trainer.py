@@ -34,6 +34,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .. import __version__
 from ..directions.second_order import check_twice_differentiable
 from ..directions.validation import Batch, Validation
+from ..full_precision import HALF, in_full
 from ..ghost.capture import Capture, Kernel
 from ..ledger import Ledger, load_audit, load_value_history, load_values
 from ..ledger.writer import refuse_existing
@@ -86,8 +87,8 @@ class ShapleyTrainer(Trainer):
         requirements.check_arguments(args)
         super().__init__(model, args, *positional, **kwargs)
         self.args: ShapleyConfig = args
-        requirements.check_launch(self.accelerator)
-        requirements.check_model(self.model)
+        requirements.check_launch(self.accelerator, args)
+        requirements.check_model(self.model, self.accelerator.mixed_precision)
         requirements.check_collator(self.data_collator)
         requirements.check_rows(self.train_dataset, "train_dataset")
         requirements.check_optimizer_choice(self, args)
@@ -156,7 +157,8 @@ class ShapleyTrainer(Trainer):
             self._validation,
             optimizer,
             self._ledger,
-            half_precision=self.accelerator.mixed_precision != "no",
+            half_precision=self._half_precision,
+            loss_scale=self._loss_scale,
         )
         if self._checkpoint is not None:
             self._valuation.load(self._checkpoint)
@@ -174,6 +176,16 @@ class ShapleyTrainer(Trainer):
     # Parts
 
     @property
+    def _half_precision(self) -> bool:
+        half_weights = any(parameter.dtype in HALF for parameter in self._capture.parameters.values())
+        return half_weights or self.accelerator.mixed_precision != "no"
+
+    def _loss_scale(self) -> Tensor | None:
+        """What fp16 multiplies the loss by before its backward pass, 0-dimensional; without waiting for the device."""
+        scaler = self.accelerator.scaler
+        return None if scaler is None else scaler.scale(torch.ones((), device=self.accelerator.device))
+
+    @property
     def _shows_progress(self) -> bool:
         return not self.args.disable_tqdm
 
@@ -189,14 +201,23 @@ class ShapleyTrainer(Trainer):
 
     def _make_validation(self) -> Validation:
         rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        size = self.args.validation_batch_size or max(1, rows // 16)
+
+        def loss_scale() -> Tensor | None:
+            scale = self._loss_scale()
+            # The scaler goes to the limit of training's gradients. With fewer rows a token weighs more in the mean;
+            # and some tokens' gradients are larger than others.
+            return None if scale is None else scale * (min(1.0, size / rows) / 4)
+
         return Validation(
             self._targets,
             self._validation_loss,
             shifted=shifts_labels(self.model),
-            size=self.args.validation_batch_size or max(1, rows // 16),
+            size=size,
             chunk=self._train_batch_size,
             interval=self.args.validation_interval,
             seed=self.args.seed,
+            loss_scale=loss_scale,
         )
 
     def _validation_loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -349,8 +370,9 @@ class ShapleyTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
         assert self._valuation is not None
-        # As torch.nn.utils.clip_grad_norm_ computes it.
-        self._valuation.clipped(torch.clamp(self.args.max_grad_norm / (torch.as_tensor(norm) + 1e-6), max=1.0))
+        # As torch.nn.utils.clip_grad_norm_ computes it, in the gradient's precision.
+        factor = torch.clamp(self.args.max_grad_norm / (torch.as_tensor(norm) + 1e-6), max=1.0)
+        self._valuation.clipped(in_full(factor))
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

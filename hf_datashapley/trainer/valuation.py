@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, cast
 
@@ -35,7 +36,9 @@ STATE = "shapley.safetensors"
 class Valuation:
     """Values the updates of one run, which `optimizer` makes of `model`, into `ledger`.
 
-    `half_precision`: whether autocast makes products in half precision.
+    `half_precision`: whether products are made in half precision, by autocast or because weights are in it.
+    `loss_scale()`: what the loss is multiplied by before it is differentiated, 0-dimensional, the same throughout an
+    update and less after one that overflowed; None: it never is.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Valuation:
         optimizer: Optimizer,
         ledger: Ledger,
         half_precision: bool,
+        loss_scale: Callable[[], Tensor | None],
     ):
         self.model = model
         self.capture = capture
@@ -58,6 +62,7 @@ class Valuation:
         self.rule = UpdateRule(optimizer, cast(Literal["auto", "sgd"], args.value_optimizer))
         self.scores: Pass = make_pass(args, capture, validation, optimizer, self.rule)
         self.statistics = LogStatistics([target.name for target in validation.targets])
+        self._loss_scale = loss_scale
         self._optimizer = optimizer
         self._step = 0
         self._update: Update | None = None
@@ -73,6 +78,7 @@ class Valuation:
             self._step = step
             learning_rate = float(self._optimizer.param_groups[0]["lr"])
             self._update = Update(len(self.validation.targets), learning_rate)
+            self._update.loss_scale = self._loss_scale()
             self.scores.begin(self.model, self._update, step)
         loss = self.scores.micro_batch(self._update, micro_batch)
         self._update.add(sample_ids, tokens, loss)
@@ -110,7 +116,12 @@ class Valuation:
         if self._audit is not None:
             samples, before, carried = self._audit
             audit = UpdateAudit(samples, before - carried, before - self._losses())
-        finished = self._update.finish(self._step, optimizer_skipped, audit)
+        skipped: bool | Tensor = optimizer_skipped
+        scale, scale_before = self._loss_scale(), self._update.loss_scale
+        if scale is not None and scale_before is not None:
+            # A fused optimizer is called on an overflow too, and makes no step: accelerate takes it for one.
+            skipped = (scale < scale_before) | optimizer_skipped
+        finished = self._update.finish(self._step, skipped, audit)
         self._update = self._audit = None
         self.ledger.append(finished)
         self.statistics.add(finished)

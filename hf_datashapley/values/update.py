@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..full_precision import in_full
+
 
 @dataclass
 class UpdateAudit:
@@ -42,7 +44,7 @@ class UpdateValues:
         clip: 0-dimensional, the factor by which clipping scaled the gradient.
         learning_rate: of the first parameter group.
         skipped: 0-dimensional bool; the optimizer made no step, or the loss or a value was not finite.
-        finite: 0-dimensional bool; losses and values were all finite.
+        finite: 0-dimensional bool; losses and, if a step was made, values were all finite.
         audit: of an audited update; it means nothing where `skipped`.
     """
 
@@ -61,8 +63,8 @@ class UpdateValues:
 class Update:
     """An update in the making: micro-batches and scores are added, then `finish` makes values of them.
 
-    Scores, <sample's share of the unclipped gradient, u>, are [B, K] for each micro-batch, in order; an update that
-    ends without them has value 0.
+    Scores, <sample's share of the unclipped (and still scaled) gradient, u>, are [B, K] for each micro-batch, in
+    order; an update that ends without them has value 0.
     """
 
     def __init__(self, targets: int, learning_rate: float):
@@ -70,6 +72,8 @@ class Update:
         self.learning_rate = learning_rate
         self.validation_losses: Tensor | None = None
         self.clip: Tensor | None = None
+        # What the loss is multiplied by before its backward passes (float16), and so the scores are.
+        self.loss_scale: Tensor | None = None
         # Nats, [K], that the samples share by their loss tokens (order "path", smoothed slope).
         self.shared: Tensor | None = None
         self._sample_ids: list[Tensor] = []
@@ -81,7 +85,7 @@ class Update:
         """A micro-batch: int64 [B], int64 [B], its training loss."""
         self._sample_ids.append(sample_ids)
         self._tokens.append(tokens)
-        self._losses.append(loss.detach())
+        self._losses.append(in_full(loss.detach()))
 
     @property
     def num_samples(self) -> int:
@@ -92,12 +96,19 @@ class Update:
         """Samples that have a loss token, 0-dimensional."""
         return torch.cat(self._tokens).gt(0).sum()
 
+    @property
+    def factor(self) -> Tensor | None:
+        """What makes c g_i of a gradient that a backward pass gives for sample i; None: 1."""
+        if self.loss_scale is None:
+            return self.clip
+        return self.loss_scale.reciprocal() if self.clip is None else self.clip / self.loss_scale
+
     def own_values(self) -> Tensor:
         """<c g_i, u>, [N, K]."""
         if not self.scores:
             return self._losses[0].new_zeros(self.num_samples, self.targets)
         values = torch.cat(self.scores)
-        return values if self.clip is None else values * self.clip
+        return values if self.factor is None else values * self.factor
 
     def values(self) -> Tensor:
         """With what the samples share, [N, K]."""
@@ -107,12 +118,15 @@ class Update:
             values = values + (tokens / tokens.sum().clamp(min=1)).unsqueeze(1) * self.shared
         return values
 
-    def finish(self, step: int, optimizer_skipped: bool, audit: UpdateAudit | None = None) -> UpdateValues:
+    def finish(self, step: int, optimizer_skipped: bool | Tensor, audit: UpdateAudit | None = None) -> UpdateValues:
         values = self.values()
         losses = self.validation_losses
-        checked = self._losses if losses is None else [*self._losses, losses.sum()]
         # As the ledger will hold them: a float64 run can have values beyond float32.
-        finite = torch.stack([loss.isfinite() for loss in checked]).all() & values.float().isfinite().all()
+        valued = values.float().isfinite().all()
+        if losses is not None:
+            valued &= losses.isfinite().all()
+        # A gradient that overflowed, and what was computed from it, is why the optimizer skipped, and no news.
+        finite = torch.stack([loss.isfinite() for loss in self._losses]).all() & (valued | optimizer_skipped)
         skipped = ~finite | optimizer_skipped
         return UpdateValues(
             step=step,
