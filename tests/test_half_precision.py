@@ -101,6 +101,47 @@ def test_bf16_from_accelerate_launch(tmp_path, monkeypatch):
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def small_steps(model):
+    """Of AdamW, as in a real run: they change the loss by less than bf16 rounds it."""
+    optimizer = ADAMW(model)
+    for group in optimizer.param_groups:
+        group["lr"] *= 1e-2
+    return optimizer
+
+
+def test_smoothed_slope_at_small_steps(tmp_path):
+    """Within 15 % (9 % seen); 300 % if the gap to the measured change of the loss were shared as in full precision."""
+    trainer, replay = prepare(
+        tmp_path, "llama", small_steps, bf16=True, gradient_accumulation_steps=2, **ORDERS["owen"]
+    )
+    replay.loss_tolerance, replay.closes_gap = 2e-2, False
+    trainer.train()
+    assert_history(trainer, replay, 15e-2)
+    replay.closes_gap = True  # and the gap itself is small
+    assert_history(trainer, replay, 15e-2)
+
+
+def test_smoothed_slope_of_a_single_sample(tmp_path):
+    """Which has no spread; its value is the whole change all the same."""
+    trainer, replay = prepare(
+        tmp_path,
+        "gpt2",
+        small_steps,
+        bf16=True,
+        rows=text_rows(8, ragged_labels=False),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        max_steps=3,
+        path_nodes=3,
+        **ORDERS["owen"],
+    )
+    replay.audited, replay.loss_tolerance = True, 2e-2
+    trainer.train()
+    for step, (row,) in history_of(trainer).items():
+        _, without, after = replay.truth(trainer.updates, step, trainer.validation_rows(step)).ends[""]
+        assert row["value"] == pytest.approx(without - after, rel=0.1)
+
+
 # Weights in bf16.
 
 
@@ -123,18 +164,27 @@ def plain_slope(order):
 )
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_weights_in_bf16(tmp_path, order, name, kernel, make_optimizer):
-    """Within 8 % of the largest of an update.
+    """Within 8 % of the largest of an update (up to 6 % seen).
 
-    Adam's plain slope divides a gradient that is all rounding by itself in the first updates (a Llama's second still
-    by 6 %), so there values are held against the truth from the third on; the smoothed slope has no such updates.
+    Adam's plain slope divides gradients that are all rounding by themselves in the first updates, so there values are
+    held against the truth from the third on; the smoothed slope is off by up to 14 % in the first.
     """
     trainer, replay = prepare(
-        tmp_path, name, make_optimizer, dtype=torch.bfloat16, value_kernel=kernel, max_steps=3, **order
+        tmp_path,
+        name,
+        make_optimizer,
+        dtype=torch.bfloat16,
+        value_kernel=kernel,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        **order,
     )
-    replay.loss_tolerance = 2e-2
+    replay.loss_tolerance, replay.closes_gap = 2e-2, False
     trainer.train()
-    steps = (3,) if make_optimizer is not MOMENTUM and plain_slope(order) else None
+    steps = (1, 2, 3) if make_optimizer is MOMENTUM else (3,) if plain_slope(order) else (2, 3)
     worst = assert_history(trainer, replay, 8e-2, steps=steps)
+    if order == ORDERS["owen"]:
+        assert_history(trainer, replay, 2e-1, steps=(1,))
     assert worst > 1e-3, "this was not half precision"
     assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
 
@@ -249,10 +299,11 @@ def test_fp16(tmp_path, order, name, kernel, make_optimizer, max_grad_norm):
         fp16=True,
         value_kernel=kernel,
         max_grad_norm=max_grad_norm,
+        gradient_accumulation_steps=2,
         max_steps=3,
         **order,
     )
-    replay.loss_tolerance = 5e-3
+    replay.loss_tolerance, replay.closes_gap = 5e-3, False
     trainer.train()
     assert not any(load_updates(trainer.value_dir)["skipped"])
     steps = (3,) if make_optimizer is not MOMENTUM and plain_slope(order) else None
@@ -278,11 +329,12 @@ def test_an_update_that_overflows_has_no_values(tmp_path, monkeypatch, order, ma
         trainer_class=Overflowing,
         fp16=True,
         max_grad_norm=max_grad_norm,
+        gradient_accumulation_steps=2,
         max_steps=3,
         audit_steps=1,
         **order,
     )
-    replay.loss_tolerance = 5e-3
+    replay.loss_tolerance, replay.closes_gap = 5e-3, False
     trainer.train()
     updates = load_updates(trainer.value_dir)
     assert updates["skipped"][:] == [True, False, False]
@@ -294,7 +346,7 @@ def test_an_update_that_overflows_has_no_values(tmp_path, monkeypatch, order, ma
     assert trainer.checked == [False, not first_adam, True]
     assert not warnings, "an overflow is nothing to be warned of"
     steps = (3,) if make_optimizer is ADAMW_FUSED and plain_slope(order) else (2, 3)
-    assert_history(trainer, replay, 15e-2 if steps == (3,) else 2e-2, steps=steps)
+    assert_history(trainer, replay, 2e-2 if make_optimizer is MOMENTUM else 15e-2, steps=steps)
 
 
 @pytest.mark.parametrize("order", [ORDERS["first"], ORDERS["replayed"], ORDERS["owen"]], ids=["first", "path", "owen"])

@@ -172,7 +172,7 @@ class TwoPass:
                     state.restore()
                     update.scores.append(scored(self.capture, directions, micro_batch)[1])
         self._kept, self._replays = [], []
-        if isinstance(order, OwenOrder):
+        if isinstance(order, OwenOrder) and order.closes_gap:
             before, after = order.path_ends(model, self.validation, step)
             update.shared = before - after - update.own_values().sum(0)
         return directions

@@ -60,7 +60,7 @@ class Valuation:
         self.tolerance = HALF_TOLERANCE if half_precision else TOLERANCE
         self.momentum = momentum_of(args)
         self.rule = UpdateRule(optimizer, cast(Literal["auto", "sgd"], args.value_optimizer))
-        self.scores: Pass = make_pass(args, capture, validation, optimizer, self.rule)
+        self.scores: Pass = make_pass(args, capture, validation, optimizer, self.rule, half_precision)
         self.statistics = LogStatistics([target.name for target in validation.targets])
         self._loss_scale = loss_scale
         self._optimizer = optimizer
@@ -151,7 +151,12 @@ def momentum_of(args: ShapleyConfig) -> Momentum:
 
 
 def make_pass(
-    args: ShapleyConfig, capture: Capture, validation: Validation, optimizer: Optimizer, rule: UpdateRule
+    args: ShapleyConfig,
+    capture: Capture,
+    validation: Validation,
+    optimizer: Optimizer,
+    rule: UpdateRule,
+    half_precision: bool,
 ) -> Pass:
     scored, momentum = capture.parameters, momentum_of(args)
     if args.value_order == "first":
@@ -160,7 +165,7 @@ def make_pass(
     if args.value_order == "second":
         order = SecondOrder(rule, scored, momentum)
     elif args.path_slope == "owen" and not rule.is_linear:
-        order = OwenOrder(rule, scored, args.path_nodes)
+        order = OwenOrder(rule, scored, args.path_nodes, closes_gap=not half_precision)
     else:
         order = PathOrder(rule, scored, args.path_nodes, momentum)
     return TwoPass(capture, validation, order, cast(SecondPass, args.second_pass))
