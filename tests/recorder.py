@@ -4,7 +4,7 @@
 package does with sample ids is not trusted here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,6 +124,7 @@ class Replay:
     order: str = "first"
     nodes: int = 1
     slope: str = "secant"
+    closes_gap: bool = True  # the smoothed slope's; not in half precision
     audited: bool = False
     loss_tolerance: float = 1e-5  # to which the oracle's training loss is Trainer's
     validation_loss: SummedLoss = summed_loss
@@ -157,10 +158,10 @@ class Replay:
             for row, _, sample in samples:
                 sums[row] = sums.get(row, 0.0) + clip * inner(sample, u, names)
             ends = {}
-            if self.slope == "owen" or self.audited:
+            if self.closes_gap and self.slope == "owen" or self.audited:
                 ends = {s: self._loss_at(update, clipped, s, target, rows) for s in (None, 0.0, 1.0)}
                 truth.ends[target] = (ends[None], ends[0.0], ends[1.0])
-            if self.slope == "owen":
+            if self.slope == "owen" and self.closes_gap:
                 gap = ends[0.0] - ends[1.0] - sum(sums.values())
                 all_tokens = sum(truth.tokens.values())
                 sums = {row: value + gap * truth.tokens[row] / all_tokens for row, value in sums.items()}
@@ -301,15 +302,24 @@ def history_of(trainer: ShapleyTrainer) -> dict[int, list[dict[str, Any]]]:
     return history
 
 
-def assert_history(trainer: Recorder, replay: Replay, tolerance: float, row_of_id: Mapping[int, int] | None = None):
+def assert_history(
+    trainer: Recorder,
+    replay: Replay,
+    tolerance: float,
+    row_of_id: Mapping[int, int] | None = None,
+    steps: Collection[int] | None = None,
+):
     """Every update of the run: the same samples, tokens and values as the oracle's. Returns the worst error seen.
 
     row_of_id: row index of each sample id; None: the ids are the row indices.
+    steps: the updates that are compared; None: all.
     """
     history = history_of(trainer)
     assert sorted(history) == list(range(1, len(trainer.updates) + 1))
     worst = 0.0
     for step, rows in history.items():
+        if steps is not None and step not in steps:
+            continue
         truth = replay.truth(trainer.updates, step, trainer.validation_rows(step))
         indices = [row["sample_id"] if row_of_id is None else row_of_id[row["sample_id"]] for row in rows]
         assert sorted(indices) == sorted(truth.tokens), f"update {step} scored other samples than it trained on"

@@ -42,9 +42,9 @@ def random_states():
     return [torch.get_rng_state().tolist(), random.getstate(), numpy_state]
 
 
-def train(folder, trainer_class, model_name, *, frozen=(), **settings):
+def train(folder, trainer_class, model_name, *, frozen=(), dtype=torch.float32, **settings):
     """20 updates with dropout, clipping, warm-up and accumulation 2; returns the trainer and its `Flags`."""
-    model = build(model_name, dropout=0.1)
+    model = build(model_name, dropout=0.1, dtype=dtype)
     for name in frozen:
         model.get_submodule(name).requires_grad_(False)
     values = {}

@@ -45,6 +45,7 @@ def trainer(tmp_path, *, model=None, rows=8, validation="rows", collator=collate
         ({"second_pass": "third"}, "second_pass='third'", "replay"),
         ({"audit_steps": -1}, "audit_steps=-1", "0 for no audit"),
         ({"value_order": "second", "optim": "adagrad"}, "Adagrad", "value_optimizer='sgd'"),
+        ({"value_order": "second", "fp16": True}, "value_order='second' under fp16", "value_order='path'"),
         ({"value_order": "path", "optim": "adagrad"}, "Adagrad", "value_optimizer='sgd'"),
         ({"value_order": "path", "validation_interval": 2}, "value_order='path'", "validation_interval=1"),
         ({"value_order": "second", "validation_interval": 2}, "value_order='second'", "validation_interval=1"),
@@ -143,7 +144,6 @@ def test_a_loader_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     "setting, value, named, cure",
     [
-        ("fp16", True, "fp16", "fp16=False"),
         ("fsdp", True, "FSDP", "leave `fsdp` unset"),
         ("deepspeed", "zero.json", "DeepSpeed", "leave `deepspeed` unset"),
         ("_n_gpu", 2, "DataParallel", "CUDA_VISIBLE_DEVICES"),
@@ -177,9 +177,14 @@ def test_an_adapter_that_no_rule_covers(tmp_path):
         trainer(tmp_path, model=model)
 
 
-def test_low_precision_model(tmp_path):
-    with pytest.raises(ValueError, match="bfloat16.*dtype=torch.float32"):
-        trainer(tmp_path, model=build("llama", dtype=torch.bfloat16))
+def test_weights_in_float16(tmp_path):
+    with pytest.raises(ValueError, match="float16.*dtype=torch.bfloat16.*dtype=torch.float32 and set fp16=True"):
+        trainer(tmp_path, model=build("llama", dtype=torch.float16))
+
+
+def test_weights_in_bf16_under_fp16(tmp_path):
+    with pytest.raises(ValueError, match="fp16 with parameters in torch.bfloat16.*bf16=True"):
+        trainer(tmp_path, model=build("llama", dtype=torch.bfloat16), fp16=True)
 
 
 def test_a_collator_that_packs_rows_is_noticed_in_the_first_step(tmp_path):

@@ -5,11 +5,13 @@ import inspect
 
 import pytest
 import torch
-from oracles import real_step, relative_error, secant
+from oracles import first_order_factor, real_step, relative_error, secant, smoothed_slope
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from hf_datashapley.directions.update_rule import UpdateRule
+from hf_datashapley.directions.first_order import FirstOrder
+from hf_datashapley.directions.owen import smoothed
+from hf_datashapley.directions.update_rule import AdamStep, UpdateRule, blocks_of
 from hf_datashapley.directions.weights import weights_at
 
 
@@ -133,6 +135,49 @@ def test_path_goes_in_blocks_from_nothing_to_the_step(rule):
     found.scale_by_secant(parameter, directions, "immediate")
     touched = parameter.grad != 0
     assert relative_error(directions[0][touched], -secant(change, parameter.grad)[touched]) < 1e-6
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize("rule", RULES)
+def test_half_precision_is_read_and_not_computed_in(rule, steps):
+    """Of the same rounded weights, gradient and state, to the accuracy of float32 (bfloat16 has 4e-3)."""
+    parameter, optimizer = stepped(rule, steps, torch.bfloat16)
+    change, state = truth(parameter, optimizer), copy.deepcopy(optimizer.state.get(parameter, {}))
+    for s in (0.0, 0.3, 1.0):
+        out = torch.empty(parameter.shape)
+        UpdateRule(optimizer).path_change(parameter, s, out)
+        expected = (1 - s) * change(torch.zeros_like(parameter)) + s * change(parameter.grad)
+        assert relative_error(out, expected) < 2e-5
+    touched = parameter.grad != 0
+    directions = torch.ones(1, *parameter.shape)
+    UpdateRule(optimizer).scale_by_secant(parameter, directions, "immediate")
+    assert relative_error(directions[0][touched], -secant(change, parameter.grad.double())[touched]) < 3e-6
+    for momentum in ("immediate", "unrolled"):
+        order = FirstOrder(optimizer, {"": parameter}, "auto", momentum)
+        (direction,) = order.directions({"": torch.ones(1, *parameter.shape)}).values()
+        factor = first_order_factor(type(optimizer), group_of(optimizer), state, momentum)
+        assert relative_error(direction[0], -torch.as_tensor(factor).expand(parameter.shape)) < 3e-6
+    step = UpdateRule(optimizer).step_of(parameter)
+    if isinstance(step, AdamStep):
+        squares = torch.rand(parameter.shape) + 0.1
+        (block,) = blocks_of(step, parameter)
+        found, slope = smoothed(step, block, 0.5, (squares * 0.25 * 2 / 3).sqrt())
+        expected_slope, expected = smoothed_slope(change, parameter.grad.double(), squares.double(), 3, 0.5)
+        assert relative_error(found, expected) < 2e-5 and relative_error(slope, expected_slope) < 2e-5
+
+
+@pytest.mark.parametrize("rule", ["SGD Nesterov", "AdamW", "Adam coupled L2"])
+def test_weights_at_a_node_are_rounded_once(rule):
+    """To the nearest number of bfloat16, which has 8 significant bits."""
+    parameter, optimizer = stepped(rule, 2, torch.bfloat16, SHAPE)
+    change = truth(parameter, optimizer)
+    for s in (0.3, 1.0):
+        out = {parameter: torch.empty_like(parameter, requires_grad=False)}
+        UpdateRule(optimizer).path_weights(s, out)
+        moved = (1 - s) * change(torch.zeros_like(parameter)) + s * change(parameter.grad)
+        exact = parameter.detach().double() + moved
+        half_a_step = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 9)
+        assert ((out[parameter].double() - exact).abs() <= half_a_step * (1 + 1e-3) + 1e-7).all()
 
 
 def test_a_parameter_without_gradient_does_not_move():

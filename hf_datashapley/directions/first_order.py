@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from ..full_precision import in_full
 from .optimizers import Momentum, check_groups, check_optimizer_class, power_complement, row_blocks, taken_up
 
 
@@ -104,7 +105,8 @@ def scale_by_adam(
 
         lr share / (sqrt(v) / r + eps)  =  r lr share / (sqrt(v) + r eps)
 
-    and is made a block of rows at a time, which stays in cache from one elementwise operation to the next.
+    and is made a block of rows at a time, which stays in cache from one elementwise operation to the next. A second
+    moment in half precision is read in float32.
     """
     if "step" not in state:
         direction.zero_()
@@ -119,5 +121,5 @@ def scale_by_adam(
     blocks = zip(row_blocks(second_moment, 0), row_blocks(gradient, 1), row_blocks(direction, 1), strict=True)
     for v, g, u in blocks:
         # Where v is 0 the denominator is infinite: no first-order value there (a mask would cost twice the time).
-        denominator = F.threshold(v.sqrt(), 0.0, math.inf, inplace=True).add_(offset)
+        denominator = F.threshold(in_full(v).sqrt(), 0.0, math.inf, inplace=True).add_(offset)
         torch.mul(g, factor, out=u).div_(denominator)

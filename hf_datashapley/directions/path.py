@@ -11,6 +11,8 @@ has the slope for the updates before. No Hessian, so every attention kernel will
 Aumann and Shapley, "Values of Non-Atomic Games" (1974). For a quadratic loss one node is exact, and under SGD the same
 as Theorem 4 of Wang et al., arXiv 2406.11011.
 
+Where the weights are in half precision, those at a node are rounded to it, see `update_rule`.
+
 Cost: a validation pass for each node, and two elementwise passes over the parameters.
 """
 
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..full_precision import full_dtype
 from .optimizers import Momentum
 from .update_rule import UpdateRule
 from .validation import Validation
@@ -67,15 +70,20 @@ class PathOrder:
 
 
 class NodeWeights:
-    """Memory for the weights at a node, kept from update to update: fresh memory of that size costs page faults."""
+    """Memory for the weights at a node, kept from update to update: fresh memory of that size costs page faults.
 
-    def __init__(self) -> None:
+    `full`: for numbers in full precision, where the weights are in half.
+    """
+
+    def __init__(self, full: bool = False) -> None:
+        self.full = full
         self._memory: dict[nn.Parameter, Tensor] = {}
 
     def of(self, parameters: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
         for parameter in parameters:
             if parameter not in self._memory:
-                self._memory[parameter] = torch.empty_like(parameter, requires_grad=False)
+                dtype = full_dtype(parameter.dtype) if self.full else parameter.dtype
+                self._memory[parameter] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         return {parameter: self._memory[parameter] for parameter in parameters}
 
 

@@ -19,14 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..full_precision import HALF, full_dtype, in_full
 from .optimizers import Momentum
 from .update_rule import UpdateRule
 from .validation import Validation
 
 
-# Directions in which the Hessian's symmetry is looked at, and by how much it may be off; float32 is by 1e-6.
+# Directions in which the Hessian's symmetry is looked at, and by how much it may be off; float32 is by 1e-6, bfloat16
+# by up to 2e-2.
 PROBES = 3
 ASYMMETRY = 1e-2
+HALF_ASYMMETRY = 1e-1
 
 
 class SecondOrder:
@@ -47,7 +50,7 @@ class SecondOrder:
         """u, [K, *shape] by name, and the targets' losses before the update, [K]."""
         moved = {}
         for parameter in self.rule.moving:
-            moved[parameter] = torch.empty_like(parameter, requires_grad=False)
+            moved[parameter] = torch.empty_like(parameter, dtype=full_dtype(parameter.dtype), requires_grad=False)
             self.rule.path_change(parameter, 0.5, moved[parameter])
         directions, losses = curved_gradients(model, validation, self.parameters, update, moved)
         for name, direction in directions.items():
@@ -66,6 +69,7 @@ def check_twice_differentiable(model: nn.Module, validation: Validation, paramet
     """
     generator = torch.Generator().manual_seed(0)
     chosen = list(parameters.values())
+    allowed = HALF_ASYMMETRY if any(p.dtype in HALF for p in chosen) else ASYMMETRY
     probes = [[torch.randn(p.shape, generator=generator).to(p) for p in chosen] for _ in range(PROBES)]
 
     def differentiate(loss: Tensor) -> list[Tensor]:
@@ -75,7 +79,7 @@ def check_twice_differentiable(model: nn.Module, validation: Validation, paramet
             for probe in probes
         ]
         table = torch.stack([torch.stack([inner(product, probe) for probe in probes]) for product in products])
-        if bool((table - table.T).abs().sum() > ASYMMETRY * table.abs().sum()):
+        if bool((table - table.T).abs().sum() > allowed * table.abs().sum()):
             raise RuntimeError("the second derivative is not symmetric: a part of it is missing")
         return [gradient.detach() for gradient in gradients]
 
@@ -102,7 +106,7 @@ def curved_gradients(
         chosen = list(parameters.values())
         slope = inner([gradients[parameter] for parameter in moved], list(moved.values()))
         products = torch.autograd.grad(slope, chosen, materialize_grads=True)
-        return [gradients[p].detach() + product for p, product in zip(chosen, products, strict=True)]
+        return [in_full(gradients[p].detach()) + product for p, product in zip(chosen, products, strict=True)]
 
     return twice(model, lambda: validation.gradients(model, parameters, update, differentiate))
 
@@ -126,4 +130,5 @@ def twice(
 
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    return torch.stack([torch.dot(x.flatten(), y.flatten()) for x, y in zip(left, right, strict=True)]).sum()
+    pairs = zip(left, right, strict=True)
+    return torch.stack([torch.dot(in_full(x).flatten(), in_full(y).flatten()) for x, y in pairs]).sum()

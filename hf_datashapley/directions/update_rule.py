@@ -17,6 +17,11 @@ y = y0 + x, n0 = b1 m + (1-b1) y0, r0 and r the roots for y0 and y, d0 = r0 + ep
 
 with the second term 0 where r0 + r = 0. Everything is elementwise, in the parameters' own precision; the bias
 corrections are 0-dimensional float64 tensors, so that nothing waits for a device.
+
+Half precision: weights, gradients and state are read as they are, D and S are computed in float32. A model whose
+weights are in half precision can only be put at such weights: there w(s) is rounded, once. The optimizer rounds its
+own step too; where that is finer than the grid of the weights, they do not move. Values are of the step before
+rounding.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from ..full_precision import full_dtype, in_full
 from .optimizers import Momentum, check_groups, check_optimizer_class, power_complement, row_blocks, taken_up
 
 
@@ -189,11 +195,12 @@ class UpdateRule:
 
     @torch.no_grad()
     def path_change(self, parameter: nn.Parameter, s: float, out: Tensor) -> None:
-        """Writes w(s) - w_t of a moving parameter into `out`, of its shape."""
+        """Writes w(s) - w_t of a moving parameter into `out`, of its shape and in full precision."""
         assert parameter.grad is not None
         step = self.step_of(parameter)
         if isinstance(step, LinearStep):
-            out.copy_(step.change(parameter.grad * s, parameter.detach(), step.buffer))
+            buffer = None if step.buffer is None else in_full(step.buffer)
+            out.copy_(step.change(in_full(parameter.grad) * s, in_full(parameter.detach()), buffer))
             return
         for block, change in zip(blocks_of(step, parameter), row_blocks(out, 0), strict=True):
             torch.mul(adam_change(step, block.gradient, block), s, out=change)
@@ -201,10 +208,13 @@ class UpdateRule:
                 change.add_(adam_change(step, torch.zeros_like(block.gradient), block), alpha=1 - s)
 
     def path_weights(self, s: float, out: dict[nn.Parameter, Tensor]) -> None:
-        """Writes w(s) of all moving parameters into `out`."""
+        """Writes w(s) of all moving parameters into `out`, rounded once to each one's precision."""
         for parameter in self.moving:
-            self.path_change(parameter, s, out[parameter])
-            out[parameter].add_(parameter.detach())
+            weights = out[parameter]
+            full = full_dtype(weights.dtype)
+            change = weights if weights.dtype == full else torch.empty_like(weights, dtype=full)
+            self.path_change(parameter, s, change)
+            torch.add(change, parameter.detach(), out=weights)
 
     @torch.no_grad()
     def scale_by_secant(self, parameter: nn.Parameter, directions: Tensor, momentum: Momentum) -> None:
@@ -234,14 +244,14 @@ class UpdateRule:
             parameter = parameters[name]
             if parameter in self._groups and parameter.grad is not None:
                 ratio = self.unrolled_over_immediate(parameter) if momentum == "unrolled" else 1.0
-                total += direction.flatten(1) @ parameter.grad.flatten() / ratio
+                total += direction.flatten(1) @ in_full(parameter.grad).flatten() / ratio
         return total
 
 
 def blocks_of(step: AdamStep, parameter: nn.Parameter) -> Iterator[Block]:
-    """The parameter and its gradient in blocks of rows, see `row_blocks`."""
+    """The parameter, its gradient and moments in blocks of rows, see `row_blocks`, and in full precision."""
     weight, gradient = parameter.detach(), parameter.grad
     assert gradient is not None
     first, second = step.moments or (torch.zeros_like(weight), torch.zeros_like(weight))
     for rows in zip(*(row_blocks(tensor, 0) for tensor in (weight, gradient, first, second)), strict=True):
-        yield Block(*rows)
+        yield Block(*map(in_full, rows))

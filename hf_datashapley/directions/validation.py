@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..full_precision import full_dtype, in_full
 from ..loss_tokens import count_loss_tokens
 from ..random_state import random_state_kept
 from ..ranks import Ranks
@@ -83,7 +84,8 @@ class Validation:
 
     `size` rows of each target are used at an update, in forward passes of at most `chunk` rows; a draw serves
     `interval` updates. `loss(model, batch)` gives the mean token loss of a batch on the model's device. Of several
-    ranks each takes a part of the rows, and all get the same gradients and losses.
+    ranks each takes a part of the rows, and all get the same gradients and losses. Where backward passes run in
+    float16, `loss_scale()` is what keeps their gradients in its range, 0-dimensional; else None.
     """
 
     targets: list[ValidationTarget]
@@ -94,6 +96,7 @@ class Validation:
     interval: int
     seed: int
     ranks: Ranks = Ranks()
+    loss_scale: Callable[[], Tensor | None] = lambda: None
 
     def rows_of(self, update: int) -> dict[str, np.ndarray]:
         """Indices of the rows that update number `update` (from 1) is scored against, by target."""
@@ -113,11 +116,14 @@ class Validation:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients of every target's mean token loss, [K, *shape] by parameter name, and the losses, [K].
 
+        Both are summed up, and returned, in full precision.
+
         `differentiate` makes something else of a loss, linear in it and of the shapes of `parameters`.
         """
         chosen = list(parameters.values())
         if differentiate is None:
             differentiate = partial(torch.autograd.grad, inputs=chosen, materialize_grads=True)
+        scale = self.loss_scale()
         per_target = []
         losses = []
         with evaluating(model), random_state_kept():
@@ -125,16 +131,17 @@ class Validation:
             for shares in targets:
                 total_loss, total = no_loss(model), None
                 for loss in shares:
-                    found = differentiate(loss)
+                    found = differentiate(loss if scale is None else loss * scale)
                     total_loss += loss.detach()
                     if total is None:
-                        total = list(found)
+                        total = [in_full(gradient) for gradient in found]
                     else:
                         for sum_, gradient in zip(total, found, strict=True):
                             sum_ += gradient
                 losses.append(total_loss)
-                # None where no row is this rank's.
-                per_target.append(total or [torch.zeros_like(p, requires_grad=False) for p in chosen])
+                if total is None:  # no row is this rank's
+                    total = [torch.zeros_like(p, dtype=full_dtype(p.dtype), requires_grad=False) for p in chosen]
+                per_target.append(total if scale is None else [gradient / scale for gradient in total])
         if len(per_target) == 1:
             stacked = [gradient.unsqueeze(0) for gradient in per_target[0]]
         else:
@@ -177,7 +184,7 @@ class Validation:
     def _weighted(self, model: nn.Module, batches: list[tuple[Batch, int]], total: Tensor) -> Iterator[Tensor]:
         for batch, count in batches:
             if count:  # a collator that masks at random may leave a row without a label
-                yield self.loss(model, batch) * (count / total)
+                yield in_full(self.loss(model, batch)) * (count / total)
 
 
 def defined(losses: Tensor, tokens: Tensor) -> Tensor:
@@ -187,7 +194,7 @@ def defined(losses: Tensor, tokens: Tensor) -> Tensor:
 
 def no_loss(model: nn.Module) -> Tensor:
     some = next(model.parameters())
-    return some.new_zeros((), dtype=torch.promote_types(some.dtype, torch.float32))
+    return some.new_zeros((), dtype=full_dtype(some.dtype))
 
 
 @contextmanager

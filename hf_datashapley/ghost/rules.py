@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..full_precision import in_full
+
 
 def sample_dot(x: Tensor, y: Tensor) -> Tensor:
     """Inner product of each sample's entries: [B, ...], [B, ...] -> [B], in one pass over both.
@@ -132,10 +134,11 @@ class EmbeddingRule(LayerRule):
 
     def gradient(self, name: str, x: Tensor, b: Tensor) -> Tensor:
         rows, sums = self.rows(x, b)
-        return b.new_zeros(self.shape).index_copy_(0, rows, sums)
+        return sums.new_zeros(self.shape).index_copy_(0, rows, sums)
 
     def rows(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """The rows [R] of one sample's gradient that are not zero, and what they hold, [R, C]."""
+        b = in_full(b)
         rows, place = x.flatten().unique(return_inverse=True)
         sums = b.new_zeros(len(rows), b.shape[-1]).index_add_(0, place, b.reshape(-1, b.shape[-1]))
         if self.padding_idx is not None:
@@ -162,7 +165,7 @@ class NormRule(LayerRule):
 
     def gradient(self, name: str, x: Tensor, b: Tensor) -> Tensor:
         if name == "weight":
-            b = self.normalise(x.to(torch.promote_types(x.dtype, torch.float32))) * b
+            b = self.normalise(in_full(x)) * b
         return b.reshape(-1, *b.shape[-self.ndim :]).sum(0)
 
 
@@ -195,10 +198,11 @@ def rms_norm_rule(layer: nn.Module) -> NormRule:
         plain._parameters = {"weight": nn.Parameter(value, requires_grad=False)}
         return lambda x: type(layer).forward(plain, x)
 
-    zero, one = with_weight(torch.zeros_like(weight)), with_weight(torch.ones_like(weight))
+    full = in_full(weight.detach())
+    zero, one = with_weight(torch.zeros_like(full)), with_weight(torch.ones_like(full))
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(2, 3, *weight.shape, generator=generator).to(weight)
-    drawn = torch.randn(weight.shape, generator=generator).to(weight)
+    probe = torch.randn(2, 3, *weight.shape, generator=generator).to(full)
+    drawn = torch.randn(weight.shape, generator=generator).to(full)
     with torch.no_grad():
         offset, x_hat, got = zero(probe), one(probe) - zero(probe), with_weight(drawn)(probe)
         expected = offset + drawn * x_hat

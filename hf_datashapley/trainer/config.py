@@ -48,13 +48,14 @@ class ShapleyConfig(TrainingArguments):
         path_nodes: Gauss-Legendre nodes of order "path", a validation pass each.
         path_slope: "secant", the step that Adam makes of the whole batch, per unit of gradient; "owen", averaged over
             coalitions of samples: right also in the first updates and for rarely touched rows, and dearer. The same
-            under SGD.
+            under SGD. In half precision its values add up to the change of the loss only nearly.
         second_pass: how orders "second" and "path" score when the step is known: "stash" keeps every layer's inputs
             and output gradients until then, "replay" runs the update's micro-batches again. "auto": "stash" if it
             takes no more than half of the memory that is free at the first update.
         audit_steps: every so many updates, measure what the update did to the validation losses, and hold the values
             against it (`ShapleyTrainer.audit`); three forward passes of the validation rows. 0: never. With
-            `value_modules` what the other modules did is in `actual` only.
+            `value_modules` what the other modules did is in `actual` only. With weights in half precision the
+            measured losses are rounded, by more than a small step changes them.
         sample_id_column: int64 column with the samples' ids; a dataset without it is numbered by row. A stream must
             have it: integers from 0 on, each row's own, made where the rows are made. Rows of a stream that have the
             same id get one value.

@@ -27,6 +27,7 @@ from ..directions.owen import OwenOrder
 from ..directions.path import PathOrder
 from ..directions.second_order import SecondOrder
 from ..directions.validation import Validation
+from ..full_precision import full_dtype
 from ..ghost.capture import Capture
 from ..ghost.kept import Kept
 from ..ghost.packing import Packing
@@ -137,7 +138,10 @@ class TwoPass:
         self._kept, self._replays = [], []
         if isinstance(self.order, OwenOrder):
             if not self._squares:
-                self._squares = {name: torch.empty_like(p.data) for name, p in self.capture.parameters.items()}
+                self._squares = {
+                    name: torch.empty_like(p.data, dtype=full_dtype(p.dtype))
+                    for name, p in self.capture.parameters.items()
+                }
             for squares in self._squares.values():
                 squares.zero_()
 
@@ -162,7 +166,7 @@ class TwoPass:
         if isinstance(order, OwenOrder):
             update.ranks.sum_(self._squares.values())
             for squares in self._squares.values():
-                squares.mul_(update.share**2)
+                squares.mul_(update.factor**2)
             players, tokens = update.players_and_tokens()
             directions, losses = order.directions(model, self.validation, step, self._squares, players)
         else:
@@ -177,7 +181,7 @@ class TwoPass:
                     _, scores = scored(self.capture, directions, micro_batch, micro_batch.run_again)
                     update.scores.append(scores)
         self._kept, self._replays = [], []
-        if isinstance(order, OwenOrder):
+        if isinstance(order, OwenOrder) and order.closes_gap:
             before, after = order.path_ends(model, self.validation, step)
             update.shared = (before - after - update.sum_of(update.own_values())) / tokens.clamp(min=1)
         return directions

@@ -26,7 +26,6 @@ def check_arguments(args: ShapleyConfig) -> None:
     """Settings of the launch under which values would not be exact, or have not been shown to be."""
     refused = {
         "DataParallel (n_gpu > 1)": (args.n_gpu > 1, "set CUDA_VISIBLE_DEVICES to one GPU"),
-        "fp16": (args.fp16, "set fp16=False"),
         "torch_compile": (args.torch_compile, "set torch_compile=False"),
         "FSDP": (bool(args.fsdp), "leave `fsdp` unset"),
         "DeepSpeed": (args.deepspeed is not None, "leave `deepspeed` unset"),
@@ -42,7 +41,7 @@ def refuse_first(refused: dict[str, tuple[bool, str]]) -> None:
             raise ValueError(f"ShapleyTrainer does not support {name} yet: {cure}")
 
 
-def check_launch(accelerator: Accelerator) -> None:
+def check_launch(accelerator: Accelerator, args: ShapleyConfig) -> None:
     """The same settings where they come from `accelerate launch` or its config file."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched > accelerator.num_processes:
@@ -53,8 +52,13 @@ def check_launch(accelerator: Accelerator) -> None:
         )
     refused = {
         f"mixed precision {accelerator.mixed_precision}": (
-            accelerator.mixed_precision not in ("no", "bf16"),
-            "launch with --mixed_precision no or bf16",
+            accelerator.mixed_precision not in ("no", "bf16", "fp16"),
+            "launch with --mixed_precision no, bf16 or fp16",
+        ),
+        # A step is small, and its product with the Hessian would be lost below float16's range.
+        "value_order='second' under fp16": (
+            accelerator.mixed_precision == "fp16" and args.value_order == "second",
+            "set bf16=True, or value_order='path'",
         ),
         f"{accelerator.distributed_type.value}": (
             accelerator.distributed_type not in DATA_PARALLEL,
@@ -88,20 +92,24 @@ def check_precision(accelerator: Accelerator, model: nn.Module, args: ShapleyCon
             )
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, mixed_precision: str) -> None:
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         kind = model.active_peft_config.peft_type.value
         raise ValueError(
             f"ShapleyTrainer does not support PEFT's {kind} yet, which trains tokens that are no sample's: use an "
             "adapter of the layers (LoraConfig)"
         )
-    low = {
-        str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype not in (torch.float32, torch.float64)
-    }
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    low = dtypes - {torch.bfloat16, torch.float32, torch.float64}
     if low:
         raise ValueError(
-            f"ShapleyTrainer does not support parameters in {', '.join(sorted(low))} yet: load the model with "
-            "dtype=torch.float32"
+            f"ShapleyTrainer does not support parameters in {', '.join(sorted(map(str, low)))}, whose gradients leave "
+            "its range: load the model with dtype=torch.bfloat16, or with dtype=torch.float32 and set fp16=True"
+        )
+    if torch.bfloat16 in dtypes and mixed_precision == "fp16":
+        raise ValueError(
+            "ShapleyTrainer does not support fp16 with parameters in torch.bfloat16 yet: set bf16=True, or load the "
+            "model with dtype=torch.float32"
         )
 
 

@@ -36,6 +36,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .. import __version__
 from ..directions.second_order import check_twice_differentiable
 from ..directions.validation import Batch, Validation
+from ..full_precision import HALF, in_full
 from ..ghost.capture import Capture, Kernel
 from ..ghost.packing import Packing
 from ..ledger import Ledger, load_audit, load_value_history, load_values
@@ -93,11 +94,11 @@ class ShapleyTrainer(Trainer):
         requirements.check_arguments(args)
         super().__init__(model, args, *positional, **kwargs)
         self.args: ShapleyConfig = args
-        requirements.check_launch(self.accelerator)
+        requirements.check_launch(self.accelerator, args)
         self._ranks = Ranks(
             self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.is_local_main_process
         )
-        requirements.check_model(self.model)
+        requirements.check_model(self.model, self.accelerator.mixed_precision)
         requirements.check_precision(self.accelerator, self.model, args)
         requirements.check_rows(self.train_dataset, "train_dataset")
         requirements.check_loading(self.accelerator, self.data_collator, self.train_dataset)
@@ -175,7 +176,9 @@ class ShapleyTrainer(Trainer):
             optimizer,
             self._ledger,
             self._ranks,
-            half_precision=self.accelerator.mixed_precision != "no",
+            half_precision=self._half_precision,
+            half_weights=self._half_weights,
+            loss_scale=self._loss_scale,
         )
         if self._checkpoint is not None:
             self._valuation.load(self._checkpoint)
@@ -191,6 +194,19 @@ class ShapleyTrainer(Trainer):
             self._valuation = None
 
     # Parts
+
+    @property
+    def _half_weights(self) -> bool:
+        return any(parameter.dtype in HALF for parameter in self._capture.parameters.values())
+
+    @property
+    def _half_precision(self) -> bool:
+        return self._half_weights or self.accelerator.mixed_precision != "no"
+
+    def _loss_scale(self) -> Tensor | None:
+        """What fp16 multiplies the loss by before its backward pass, 0-dimensional; without waiting for the device."""
+        scaler = self.accelerator.scaler
+        return None if scaler is None else scaler.scale(torch.ones((), device=self.accelerator.device))
 
     @property
     def _shows_progress(self) -> bool:
@@ -209,15 +225,24 @@ class ShapleyTrainer(Trainer):
     def _make_validation(self) -> Validation:
         trainer = weakref.proxy(self)  # as in `UpdateBoundaries`
         rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        size = self.args.validation_batch_size or max(1, rows // 16)
+
+        def loss_scale() -> Tensor | None:
+            scale = trainer._loss_scale()
+            # The scaler goes to the limit of training's gradients. With fewer rows a token weighs more in the mean;
+            # and some tokens' gradients are larger than others.
+            return None if scale is None else scale * (min(1.0, size / rows) / 4)
+
         return Validation(
             self._targets,
             lambda model, batch: trainer._validation_loss(model, batch),
             shifted=shifts_labels(self.model),
-            size=self.args.validation_batch_size or max(1, rows // 16),
+            size=size,
             chunk=self._train_batch_size,
             interval=self.args.validation_interval,
             seed=self.args.seed,
             ranks=self._ranks,
+            loss_scale=loss_scale,
         )
 
     def _validation_loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -404,8 +429,9 @@ class ShapleyTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
         assert self._valuation is not None
-        # As torch.nn.utils.clip_grad_norm_ computes it.
-        self._valuation.clipped(torch.clamp(self.args.max_grad_norm / (torch.as_tensor(norm) + 1e-6), max=1.0))
+        # As torch.nn.utils.clip_grad_norm_ computes it, in the gradient's precision.
+        factor = torch.clamp(self.args.max_grad_norm / (torch.as_tensor(norm) + 1e-6), max=1.0)
+        self._valuation.clipped(in_full(factor))
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

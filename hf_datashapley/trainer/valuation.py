@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, cast
 
@@ -36,7 +37,10 @@ STATE = "shapley.safetensors"
 class Valuation:
     """Values the updates of one run, which `optimizer` makes of `model`, into `ledger`.
 
-    `half_precision`: whether autocast makes products in half precision.
+    `half_precision`: whether products are made in half precision, by autocast or because weights are in it
+    (`half_weights`).
+    `loss_scale()`: what the loss is multiplied by before it is differentiated, 0-dimensional, the same throughout an
+    update and less after one that overflowed; None: it never is.
     """
 
     def __init__(
@@ -49,6 +53,8 @@ class Valuation:
         ledger: Ledger,
         ranks: Ranks,
         half_precision: bool,
+        half_weights: bool,
+        loss_scale: Callable[[], Tensor | None],
     ):
         self.model = model
         self.capture = capture
@@ -59,8 +65,9 @@ class Valuation:
         self.tolerance = HALF_TOLERANCE if half_precision else TOLERANCE
         self.momentum = momentum_of(args)
         self.rule = UpdateRule(optimizer, cast(Literal["auto", "sgd"], args.value_optimizer))
-        self.scores: Pass = make_pass(args, capture, validation, optimizer, self.rule)
+        self.scores: Pass = make_pass(args, capture, validation, optimizer, self.rule, half_weights)
         self.statistics = LogStatistics([target.name for target in validation.targets])
+        self._loss_scale = loss_scale
         self._optimizer = optimizer
         self._step = 0
         self._update: Update | None = None
@@ -76,6 +83,7 @@ class Valuation:
             self._step = step
             learning_rate = float(self._optimizer.param_groups[0]["lr"])
             self._update = Update(len(self.validation.targets), learning_rate, self.ranks)
+            self._update.loss_scale = self._loss_scale()
             self.scores.begin(self.model, self._update, step)
         loss = self.scores.micro_batch(self._update, micro_batch)
         self._update.add(sample_ids, tokens, loss)
@@ -113,7 +121,12 @@ class Valuation:
         if self._audit is not None:
             samples, before, carried = self._audit
             audit = UpdateAudit(samples, before - carried, before - self._losses())
-        finished = self._update.finish(self._step, optimizer_skipped, audit)
+        skipped: bool | Tensor = optimizer_skipped
+        scale, scale_before = self._loss_scale(), self._update.loss_scale
+        if scale is not None and scale_before is not None:
+            # A fused optimizer is called on an overflow too, and makes no step: accelerate takes it for one.
+            skipped = (scale < scale_before) | optimizer_skipped
+        finished = self._update.finish(self._step, skipped, audit)
         self._update = self._audit = None
         self.ledger.append(finished)
         self.statistics.add(finished)
@@ -143,7 +156,12 @@ def momentum_of(args: ShapleyConfig) -> Momentum:
 
 
 def make_pass(
-    args: ShapleyConfig, capture: Capture, validation: Validation, optimizer: Optimizer, rule: UpdateRule
+    args: ShapleyConfig,
+    capture: Capture,
+    validation: Validation,
+    optimizer: Optimizer,
+    rule: UpdateRule,
+    half_weights: bool,
 ) -> Pass:
     scored, momentum = capture.parameters, momentum_of(args)
     if args.value_order == "first":
@@ -152,7 +170,7 @@ def make_pass(
     if args.value_order == "second":
         order = SecondOrder(rule, scored, momentum)
     elif args.path_slope == "owen" and not rule.is_linear:
-        order = OwenOrder(rule, scored, args.path_nodes)
+        order = OwenOrder(rule, scored, args.path_nodes, closes_gap=not half_weights)
     else:
         order = PathOrder(rule, scored, args.path_nodes, momentum)
     return TwoPass(capture, validation, order, cast(SecondPass, args.second_pass))

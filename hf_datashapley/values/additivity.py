@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..full_precision import in_full
 from ..ranks import Ranks
 
 
 TOLERANCE = 1e-3
-# With products in half precision.
+# With products, or the gradient itself, in half precision.
 HALF_TOLERANCE = 3e-2
 
 
@@ -27,7 +28,7 @@ def check_shares(
     """Holds the sum over samples of <c g_i, u_k> against <c G, u_k>, with c G in `.grad`.
 
     `values` [N, K] of a whole update, of this rank's samples. Returns whether there was anything to compare (the
-    directions may be zero); waits for the device.
+    directions may be zero, the gradient may have overflowed); waits for the device.
 
     Raises:
         RuntimeError: the two differ by more than rounding.
@@ -36,7 +37,7 @@ def check_shares(
     for name, direction in directions.items():
         gradient = parameters[name].grad
         if gradient is not None:
-            expected += direction.flatten(1) @ gradient.flatten()
+            expected += direction.flatten(1) @ in_full(gradient).flatten()
     total, size = values.sum(0), values.abs().sum(0)
     ranks.sum_([total, size])
     scale = torch.maximum(size, expected.abs())
@@ -49,4 +50,4 @@ def check_shares(
             "F.linear(x, layer.weight) elsewhere), or its gradient is changed by a hook. Score other modules with "
             "`value_modules`, or turn the fused path off."
         )
-    return bool((scale > 0).any())
+    return bool(((scale > 0) & scale.isfinite()).any())

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..full_precision import in_full
 from ..ranks import Ranks
 
 
@@ -45,7 +46,7 @@ class UpdateValues:
         clip: 0-dimensional, the factor by which clipping scaled the gradient.
         learning_rate: of the first parameter group.
         skipped: 0-dimensional bool; the optimizer made no step, or the loss or a value was not finite on any rank.
-        finite: 0-dimensional bool; losses and values were all finite.
+        finite: 0-dimensional bool; losses and, if a step was made, values were all finite.
         totals: float64 [4, K], over the samples of all ranks: their number, sum of values, sum of squares, number of
             negative values; all 0 where `skipped`.
         audit: of an audited update; it means nothing where `skipped`.
@@ -68,8 +69,8 @@ class Update:
     """An update in the making: micro-batches and scores are added, then `finish` makes values of them.
 
     Scores, <what a backward pass gives as the sample's gradient, u>, are [B, K] for each micro-batch, in order; an
-    update that ends without them has value 0. The sample's share of the unclipped gradient is one rank's part of that:
-    ranks average their gradients.
+    update that ends without them has value 0. The sample's share of the unclipped gradient is one rank's part of that
+    (ranks average their gradients), without the scale of the loss.
     """
 
     def __init__(self, targets: int, learning_rate: float, ranks: Ranks):
@@ -78,6 +79,8 @@ class Update:
         self.ranks = ranks
         self.validation_losses: Tensor | None = None
         self.clip: Tensor | None = None
+        # What the loss is multiplied by before its backward passes (float16), and so the scores are.
+        self.loss_scale: Tensor | None = None
         # Nats that a sample gets for each of its loss tokens, [K] (order "path", smoothed slope).
         self.shared: Tensor | None = None
         self._sample_ids: list[Tensor] = []
@@ -89,7 +92,7 @@ class Update:
         """A micro-batch: int64 [B], int64 [B], its training loss."""
         self._sample_ids.append(sample_ids)
         self._tokens.append(tokens)
-        self._losses.append(loss.detach())
+        self._losses.append(in_full(loss.detach()))
 
     @property
     def num_samples(self) -> int:
@@ -104,16 +107,18 @@ class Update:
         return players, total
 
     @property
-    def share(self) -> float | Tensor:
-        """What makes c g_i of a sample's gradient as a backward pass gives it."""
-        share = 1 / self.ranks.count
-        return share if self.clip is None else share * self.clip
+    def factor(self) -> float | Tensor:
+        """What makes c g_i of a gradient that a backward pass gives for sample i."""
+        factor: float | Tensor = 1 / self.ranks.count
+        if self.clip is not None:
+            factor = factor * self.clip
+        return factor if self.loss_scale is None else factor / self.loss_scale
 
     def own_values(self) -> Tensor:
         """<c g_i, u>, [N, K]."""
         if not self.scores:
             return self._losses[0].new_zeros(self.num_samples, self.targets)
-        return torch.cat(self.scores) * self.share
+        return torch.cat(self.scores) * self.factor
 
     def values(self) -> Tensor:
         """With what the samples share, [N, K]."""
@@ -129,12 +134,15 @@ class Update:
         self.ranks.sum_([total])
         return total
 
-    def finish(self, step: int, optimizer_skipped: bool, audit: UpdateAudit | None = None) -> UpdateValues:
+    def finish(self, step: int, optimizer_skipped: bool | Tensor, audit: UpdateAudit | None = None) -> UpdateValues:
         values = self.values()
         losses = self.validation_losses
-        checked = self._losses if losses is None else [*self._losses, losses.sum()]
         # As the ledger will hold them: a float64 run can have values beyond float32.
-        finite = torch.stack([loss.isfinite() for loss in checked]).all() & values.float().isfinite().all()
+        valued = values.float().isfinite().all()
+        if losses is not None:
+            valued &= losses.isfinite().all()
+        # A gradient that overflowed, and what was computed from it, is why the optimizer skipped, and no news.
+        finite = torch.stack([loss.isfinite() for loss in self._losses]).all() & (valued | optimizer_skipped)
         exact = values.double()
         sums = [torch.ones_like(exact), exact, exact.square(), exact.lt(0).double()]
         summed = torch.stack([*(x.sum(0) for x in sums), finite.logical_not().double().expand(self.targets)])
