@@ -62,7 +62,7 @@ class Recorder(ShapleyTrainer):
         if len(self.updates) > step + 1:
             self.updates.clear()  # auto_find_batch_size entered the loop again
         if len(self.updates) == step:
-            self.updates.append(self._before_update(model))
+            self.updates.append(self._before_update(self.model))
         known: dict[str, Tensor] = {key: inputs[key].clone() for key in ("input_ids", "attention_mask", "labels")}
         micro_batch = MicroBatch(known, num_items_in_batch, torch.get_rng_state())
         self.updates[-1].micro_batches.append(micro_batch)

@@ -7,12 +7,13 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend, is_compiled_module
 from peft import PeftModel
 from torch import nn
 from transformers import DataCollatorWithFlattening, Trainer
 
 from ..directions.optimizers import check_groups, check_optimizer_class
+from .compiled import is_compiling
 from .config import ShapleyConfig
 
 
@@ -22,7 +23,6 @@ def check_arguments(args: ShapleyConfig) -> None:
         "more than one process": (args.world_size > 1, "launch one process (accelerate launch --num_processes 1)"),
         "DataParallel (n_gpu > 1)": (args.n_gpu > 1, "set CUDA_VISIBLE_DEVICES to one GPU"),
         "fp16": (args.fp16, "set fp16=False"),
-        "torch_compile": (args.torch_compile, "set torch_compile=False"),
         "FSDP": (bool(args.fsdp), "leave `fsdp` unset"),
         "DeepSpeed": (args.deepspeed is not None, "leave `deepspeed` unset"),
         "use_liger_kernel": (args.use_liger_kernel, "set use_liger_kernel=False: its fused loss bypasses lm_head"),
@@ -48,15 +48,52 @@ def check_launch(accelerator: Accelerator) -> None:
             accelerator.distributed_type != DistributedType.NO,
             "launch one process, without FSDP or DeepSpeed (accelerate launch --num_processes 1)",
         ),
-        "a dynamo backend": (
-            accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
-            "launch with --dynamo_backend no",
-        ),
     }
     refuse_first(refused)
 
 
+def check_compilation(args: ShapleyConfig, accelerator: Accelerator) -> None:
+    """What goes together with `torch_compile` (or `accelerate launch --dynamo_backend`).
+
+    A compiled backward pass is a pure function: scores leave it as a gradient, but it cannot put tensors aside.
+    """
+    if not is_compiling(accelerator):
+        return
+    plugin = accelerator.state.dynamo_plugin
+    backend, two_passes = plugin.backend.value.lower(), args.value_order != "first"
+    refuse_first(
+        {
+            f"torch_compile with backend {backend}": (
+                plugin.backend not in (DynamoBackend.INDUCTOR, DynamoBackend.AOT_EAGER, DynamoBackend.EAGER),
+                "set torch_compile_backend='inductor' (accelerate launch --dynamo_backend inductor)",
+            ),
+            f"torch_compile with mode {plugin.mode}": (
+                plugin.mode not in ("default", "max-autotune-no-cudagraphs"),
+                "CUDA graphs write again the memory that scores and gradients lie in; set torch_compile_mode='default' "
+                "(accelerate launch --dynamo_mode default)",
+            ),
+            "torch_compile by regions": (
+                plugin.use_regional_compilation,
+                "launch with --dynamo_use_regional_compilation false",
+            ),
+            "second_pass='stash' with torch_compile": (
+                two_passes and args.second_pass == "stash",
+                "set second_pass='auto' or 'replay', or torch_compile=False",
+            ),
+            "path_slope='owen' with torch_compile": (
+                args.value_order == "path" and args.path_slope == "owen",
+                "set path_slope='secant', or torch_compile=False",
+            ),
+        }
+    )
+
+
 def check_model(model: nn.Module) -> None:
+    if any(is_compiled_module(module) or module._compiled_call_impl is not None for module in model.modules()):
+        raise ValueError(
+            "ShapleyTrainer does not support a model that is compiled already: hand over the model as it was before "
+            "torch.compile, and set torch_compile=True"
+        )
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         kind = model.active_peft_config.peft_type.value
         raise ValueError(

@@ -39,6 +39,7 @@ from ..ledger import Ledger, load_audit, load_value_history, load_values
 from ..ledger.writer import refuse_existing
 from ..loss_tokens import count_loss_tokens, shifts_labels
 from . import requirements
+from .compiled import compiled_apart, is_compiling
 from .config import ShapleyConfig
 from .passes import MicroBatch
 from .samples import BATCH_KEY, IdentifiedRows, IdentifyingCollator, read_sample_ids
@@ -87,6 +88,7 @@ class ShapleyTrainer(Trainer):
         super().__init__(model, args, *positional, **kwargs)
         self.args: ShapleyConfig = args
         requirements.check_launch(self.accelerator)
+        requirements.check_compilation(args, self.accelerator)
         requirements.check_model(self.model)
         requirements.check_collator(self.data_collator)
         requirements.check_rows(self.train_dataset, "train_dataset")
@@ -149,14 +151,16 @@ class ShapleyTrainer(Trainer):
         self._ledger.restart()
         self._validation = self._make_validation()
         optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+        twice = self.args.value_order == "second"  # differentiates twice, which compiled graphs do not
         self._valuation = Valuation(
-            self.model,
+            self.model if twice else compiled_apart(self.model, self.accelerator),
             self.args,
             self._capture,
             self._validation,
             optimizer,
             self._ledger,
             half_precision=self.accelerator.mixed_precision != "no",
+            compiled=is_compiling(self.accelerator),
         )
         if self._checkpoint is not None:
             self._valuation.load(self._checkpoint)

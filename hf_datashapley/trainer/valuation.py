@@ -35,7 +35,7 @@ STATE = "shapley.safetensors"
 class Valuation:
     """Values the updates of one run, which `optimizer` makes of `model`, into `ledger`.
 
-    `half_precision`: whether autocast makes products in half precision.
+    `half_precision`: whether autocast makes products in half precision. `compiled`: whether what trains is compiled.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Valuation:
         optimizer: Optimizer,
         ledger: Ledger,
         half_precision: bool,
+        compiled: bool,
     ):
         self.model = model
         self.capture = capture
@@ -56,7 +57,7 @@ class Valuation:
         self.tolerance = HALF_TOLERANCE if half_precision else TOLERANCE
         self.momentum = momentum_of(args)
         self.rule = UpdateRule(optimizer, cast(Literal["auto", "sgd"], args.value_optimizer))
-        self.scores: Pass = make_pass(args, capture, validation, optimizer, self.rule)
+        self.scores: Pass = make_pass(args, capture, validation, optimizer, self.rule, compiled)
         self.statistics = LogStatistics([target.name for target in validation.targets])
         self._optimizer = optimizer
         self._step = 0
@@ -140,7 +141,12 @@ def momentum_of(args: ShapleyConfig) -> Momentum:
 
 
 def make_pass(
-    args: ShapleyConfig, capture: Capture, validation: Validation, optimizer: Optimizer, rule: UpdateRule
+    args: ShapleyConfig,
+    capture: Capture,
+    validation: Validation,
+    optimizer: Optimizer,
+    rule: UpdateRule,
+    compiled: bool,
 ) -> Pass:
     scored, momentum = capture.parameters, momentum_of(args)
     if args.value_order == "first":
@@ -152,4 +158,4 @@ def make_pass(
         order = OwenOrder(rule, scored, args.path_nodes)
     else:
         order = PathOrder(rule, scored, args.path_nodes, momentum)
-    return TwoPass(capture, validation, order, cast(SecondPass, args.second_pass))
+    return TwoPass(capture, validation, order, "replay" if compiled else cast(SecondPass, args.second_pass))
