@@ -44,13 +44,16 @@ def prepare(
     row_losses=None,
     trainer_class=Recorder,
     rows=None,
+    validation_rows=None,
     **settings,
 ):
     """A recording trainer and the replay that knows the truth about its run."""
     model = build(model_name, dropout=dropout, attention=attention, dtype=dtype)
     twin = copy.deepcopy(model).double()
     rows = rows_for(model_name, 12) if rows is None else rows
-    validation = {target: rows_for(model_name, 9, seed=100 + number) for number, target in enumerate(targets)}
+    validation = {
+        target: validation_rows or rows_for(model_name, 9, seed=100 + number) for number, target in enumerate(targets)
+    }
     arguments = config(folder, **settings)
     custom = {} if make_optimizer is None else {"optimizers": (make_optimizer(model), None)}
     trainer = trainer_class(

@@ -39,7 +39,7 @@ from ..ledger import Ledger, load_audit, load_value_history, load_values
 from ..ledger.writer import refuse_existing
 from ..loss_tokens import count_loss_tokens, shifts_labels
 from . import requirements
-from .compiled import compiled_apart, is_compiling
+from .compiled import compiled_apart, is_compiling, traced_apart
 from .config import ShapleyConfig
 from .passes import MicroBatch
 from .samples import BATCH_KEY, IdentifiedRows, IdentifyingCollator, read_sample_ids
@@ -207,7 +207,7 @@ class ShapleyTrainer(Trainer):
         """The mean token loss of a batch, by the run's own loss, but not smoothed."""
         smoother, self.label_smoother = self.label_smoother, None
         try:
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), traced_apart(self.accelerator):
                 inputs = self._prepare_inputs(cast(dict[str, Any], batch))
                 # A model gives the mean by itself; a loss function of the user's is told over how many tokens.
                 count = None
