@@ -15,7 +15,8 @@ has imported everything and built the model.
     python scripts/benchmark_overhead.py --variants plain plain-compiled ceiling-compiled fused-compiled fused
 
 "x-compiled" is variant x with `torch_compile=True`. Ratios are taken over whichever of plain, plain-compiled, ceiling
-and ceiling-compiled are among the variants. Compiling is part of the first update, which is not counted; its memory is.
+and ceiling-compiled are among the variants. Compiling is part of the first update, which is not counted; its memory
+is.
 """
 
 from __future__ import annotations

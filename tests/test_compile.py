@@ -1,7 +1,8 @@
 """Compiled runs (`torch_compile=True`, `accelerate launch --dynamo_backend`): the values are those of eager ones.
 
-Most compile with backend "aot_eager", which traces forward and backward passes as "inductor" does, and runs torch's own
-kernels. Rows are of one length where a test counts graphs: torch compiles once more when a length or a batch changes.
+Most compile with backend "aot_eager", which traces forward and backward passes as "inductor" does, and runs torch's
+own kernels. Rows are of one length where a test counts graphs: torch compiles once more when a length or a batch
+changes.
 """
 
 import copy
@@ -98,6 +99,7 @@ def test_batches_of_other_sizes_and_recomputed_activations(tmp_path):
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_bf16_autocast(tmp_path):
     """GPT-2's graph breaks at a warning of transformers, also without values."""
     trainer, replay = compiled(
@@ -141,7 +143,6 @@ class LooksAtTheModel(TrainerCallback):
                 self.losses.append(float(other.eval()(**collate(rows)).loss))
 
 
-@pytest.mark.slow
 def test_a_model_in_the_middle_of_a_run_and_after_it(tmp_path, monkeypatch):
     """As `accelerate launch` asks for it; against plain `Trainer`, which compiles too."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
@@ -175,6 +176,7 @@ def test_a_model_in_the_middle_of_a_run_and_after_it(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ here: no g++")
 def test_inductor(tmp_path):
+    """About half a minute where nothing was compiled before; torch keeps what it compiled on disk."""
     trainer, replay = compiled(tmp_path, "neox", torch_compile_backend="inductor", max_steps=3)
     trainer.train()
     assert assert_history(trainer, replay, FLOAT32) > 0

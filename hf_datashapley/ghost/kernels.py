@@ -196,8 +196,8 @@ def sample_weight_gradients(left_BPL: Tensor, right_BPR: Tensor, direction_KLR: 
 def weight_gradients_operator(left_BPL: Tensor, right_BPR: Tensor, direction_KLR: Tensor) -> tuple[Tensor, Tensor]:
     """`sample_weight_gradients` as one node of a compiled graph, which runs as it does without.
 
-    Traced, its loops over samples and blocks would be unrolled: thousands of nodes for a vocabulary's layer, and others
-    for each batch size.
+    Traced, its loops over samples and blocks would be unrolled: thousands of nodes for a vocabulary's layer, and
+    others for each batch size.
     """
     return sample_weight_gradients(left_BPL, right_BPR, direction_KLR)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +38,7 @@ def compiled_apart(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         return model
     # A frame of torch's own around the model's.
     with torch._dynamo.config.patch(wrap_top_frame=True):
-        return torch.compile(model, **accelerator.state.dynamo_plugin.to_kwargs())
+        return cast(nn.Module, torch.compile(model, **accelerator.state.dynamo_plugin.to_kwargs()))
 
 
 def traced_apart(accelerator: Accelerator) -> AbstractContextManager[Any]:

@@ -69,8 +69,8 @@ def check_compilation(args: ShapleyConfig, accelerator: Accelerator) -> None:
             ),
             f"torch_compile with mode {plugin.mode}": (
                 plugin.mode not in ("default", "max-autotune-no-cudagraphs"),
-                "CUDA graphs write again the memory that scores and gradients lie in; set torch_compile_mode='default' "
-                "(accelerate launch --dynamo_mode default)",
+                "CUDA graphs write again the memory that scores lie in; set torch_compile_mode='default' (accelerate "
+                "launch --dynamo_mode default)",
             ),
             "torch_compile by regions": (
                 plugin.use_regional_compilation,
