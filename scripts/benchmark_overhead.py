@@ -12,6 +12,11 @@ has imported everything and built the model.
     python scripts/benchmark_overhead.py --targets 8 --variants plain ceiling fused
     python scripts/benchmark_overhead.py --validation_interval 10 --rounds 8 --variants plain ceiling fused
     python scripts/benchmark_overhead.py --variants plain second path path-3 owen owen-3
+    python scripts/benchmark_overhead.py --variants plain plain-compiled ceiling-compiled fused-compiled fused
+
+"x-compiled" is variant x with `torch_compile=True`. Ratios are taken over whichever of plain, plain-compiled, ceiling
+and ceiling-compiled are among the variants. Compiling is part of the first update, which is not counted; its memory
+is.
 """
 
 from __future__ import annotations
@@ -50,6 +55,7 @@ from transformers import (
 
 import hf_datashapley
 from hf_datashapley import ShapleyConfig, ShapleyTrainer
+from hf_datashapley.trainer.compiled import compiled_apart
 
 
 # What ShapleyTrainer is set to.
@@ -63,6 +69,8 @@ VALUED: dict[str, dict[str, Any]] = {
     "owen": {"value_order": "path", "path_slope": "owen"},
     "owen-3": {"value_order": "path", "path_slope": "owen", "path_nodes": 3},
 }
+COMPILED = "-compiled"
+BASES = ("plain", f"plain{COMPILED}", "ceiling", f"ceiling{COMPILED}")
 
 
 @dataclass
@@ -80,7 +88,10 @@ class Setting:
     validation_interval: int = 1
     variants: list[str] = field(
         default_factory=lambda: ["plain", "ceiling", "fused", "project"],
-        metadata={"help": f"Any of plain, ceiling (which the ratios are over), {', '.join(VALUED)}."},
+        metadata={
+            "help": f"Any of plain, ceiling (which the ratios are over), {', '.join(VALUED)}, each also with "
+            f"'{COMPILED}' after it."
+        },
     )
     rounds: int = field(default=40, metadata={"help": "Updates of each variant, or whole validation intervals."})
     threads: int = 2
@@ -136,7 +147,7 @@ class CeilingTrainer(ShapleyTrainer):
         del inputs["_datashapley_sample_id"]
         step = self.state.global_step + 1
         if self._validation.fresh(step):
-            self._validation.gradients(self.model, self._capture.parameters, step)
+            self._validation.gradients(self._validated, self._capture.parameters, step)
         return Trainer.training_step(self, model, inputs, num_items_in_batch)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +157,7 @@ class CeilingTrainer(ShapleyTrainer):
         return Trainer._clip_grad_norm(self, model)
 
     def _begin_run(self) -> None:
-        pass
+        self._validated = compiled_apart(self.model, self.accelerator)
 
     def _end_update(self) -> None:
         pass
@@ -154,6 +165,7 @@ class CeilingTrainer(ShapleyTrainer):
 
 def train(variant: str, setting: Setting, model: PreTrainedModel, updates: int) -> None:
     rows = random_rows(setting, setting.batch_size * updates, seed=1)
+    kind = variant.removesuffix(COMPILED)
     targets = {f"t{k}": random_rows(setting, 2 * setting.validation_rows, seed=2 + k) for k in range(setting.targets)}
     with tempfile.TemporaryDirectory() as folder:
         args = ShapleyConfig(
@@ -167,14 +179,15 @@ def train(variant: str, setting: Setting, model: PreTrainedModel, updates: int) 
             dataloader_pin_memory=False,
             validation_batch_size=setting.validation_rows,
             validation_interval=setting.validation_interval,
-            **VALUED.get(variant, {}),
+            torch_compile=variant.endswith(COMPILED),
+            **VALUED.get(kind, {}),
         )
         trainer: Trainer
-        if variant == "plain":
+        if kind == "plain":
             trainer = Trainer(model, args, train_dataset=rows, callbacks=[Baton()])
         else:
-            kind = CeilingTrainer if variant == "ceiling" else ShapleyTrainer
-            trainer = kind(model, args, train_dataset=rows, validation_dataset=targets, callbacks=[Baton()])
+            valued = CeilingTrainer if kind == "ceiling" else ShapleyTrainer
+            trainer = valued(model, args, train_dataset=rows, validation_dataset=targets, callbacks=[Baton()])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 
@@ -250,6 +263,8 @@ def measured_memory(setting: Setting, variant: str) -> float:
 def main() -> None:
     (setting,) = HfArgumentParser(Setting).parse_args_into_dataclasses()
     torch.set_num_threads(setting.threads)
+    # The variants share the model's code, and so what is counted against its limit.
+    torch._dynamo.config.recompile_limit = 64
     transformers.logging.set_verbosity_error()
     disable_progress_bar()
     if setting.only:
@@ -272,23 +287,25 @@ def main() -> None:
     if setting.memory:
         memory = {variant: measured_memory(setting, variant) for variant in ["model", *setting.variants]}
     results = []
-    print("variant     ms/update      IQR   throughput over plain  over the ceiling       peak MiB  over plain")
+    bases = [base for base in BASES if base in seconds]
+    columns = "  ".join(f"over {base}".center(22) for base in bases)
+    print(f"{'variant':18} ms/update      IQR    {columns}   peak MiB  over plain")
     for variant, times in seconds.items():
         low, typical, high = (1e3 * t / setting.validation_interval for t in statistics.quantiles(times, n=4))
         result: dict[str, Any] = {"variant": variant, "milliseconds": typical, "interquartile_range": high - low}
-        for base in ("plain", "ceiling"):
-            result[f"of_{base}"] = ratio(times, seconds[base]) if base in seconds else None
+        for base in bases:
+            result[f"of_{base}"] = ratio(times, seconds[base])
         result["peak_mib"] = memory.get(variant)
         result["peak_over_plain_mib"] = memory[variant] - memory["plain"] if "plain" in memory else None
         results.append(result)
         ratios = [
-            "-".center(20) if found is None else f"{found['median']:.3f} ({found['low']:.3f}-{found['high']:.3f})"
-            for found in (result["of_plain"], result["of_ceiling"])
+            f"{found['median']:.3f} ({found['low']:.3f}-{found['high']:.3f})".center(22)
+            for found in (result[f"of_{base}"] for base in bases)
         ]
         peaks = [
             "-" if peak is None else f"{peak:.0f}" for peak in (result["peak_mib"], result["peak_over_plain_mib"])
         ]
-        print(f"{variant:10} {typical:10.1f} {high - low:8.1f}    {'  '.join(ratios)}  {peaks[0]:>9}  {peaks[1]:>10}")
+        print(f"{variant:18} {typical:9.1f} {high - low:8.1f}    {'  '.join(ratios)}  {peaks[0]:>9}  {peaks[1]:>10}")
     if setting.json:
         found = {"setting": asdict(setting), **versions, "variants": results}
         Path(setting.json).write_text(json.dumps(found, indent=2))

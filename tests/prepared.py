@@ -46,6 +46,7 @@ def prepare(
     rows=None,
     train_dataset=None,
     data_collator=collate,
+    validation_rows=None,
     **settings,
 ):
     """A recording trainer and the replay that knows the truth about its run.
@@ -55,7 +56,9 @@ def prepare(
     model = build(model_name, dropout=dropout, attention=attention, dtype=dtype)
     twin = copy.deepcopy(model).double()
     rows = rows_for(model_name, 12) if rows is None else rows
-    validation = {target: rows_for(model_name, 9, seed=100 + number) for number, target in enumerate(targets)}
+    validation = {
+        target: validation_rows or rows_for(model_name, 9, seed=100 + number) for number, target in enumerate(targets)
+    }
     arguments = config(folder, **settings)
     custom = {} if make_optimizer is None else {"optimizers": (make_optimizer(model), None)}
     trainer = trainer_class(

@@ -63,7 +63,7 @@ class Recorder(ShapleyTrainer):
         if len(self.updates) > step + 1:
             self.updates.clear()  # auto_find_batch_size entered the loop again
         if len(self.updates) == step:
-            self.updates.append(self._before_update(model))
+            self.updates.append(self._before_update(self.model))
         window = self.current_gradient_accumulation_steps
         micro_batch = MicroBatch(self.padded(inputs), num_items_in_batch, torch.get_rng_state(), window)
         self.updates[-1].micro_batches.append(micro_batch)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.state import AcceleratorState
 from datasets import Dataset
 from models import build, collate, dataset, text_rows
 from peft import IA3Config, PromptTuningConfig, get_peft_model
@@ -29,7 +28,6 @@ def trainer(tmp_path, *, model=None, rows=8, validation="rows", collator=collate
 @pytest.mark.parametrize(
     "settings, named, cure",
     [
-        ({"torch_compile": True}, "torch_compile", "torch_compile=False"),
         ({"use_liger_kernel": True}, "use_liger_kernel", "use_liger_kernel=False"),
         ({"parallelism_config": ParallelismConfig()}, "parallelism_config", "whole model"),
         ({"optim": "adagrad"}, "Adagrad", "value_optimizer='sgd'"),
@@ -67,20 +65,6 @@ def test_settings(tmp_path, settings, named, cure):
     with pytest.raises(ValueError, match=named) as error:
         trainer(tmp_path, **settings)
     assert cure in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "variable, value, named",
-    [
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo|torch_compile"),
-    ],
-)
-def test_what_accelerate_launch_asks_for(tmp_path, monkeypatch, variable, value, named):
-    monkeypatch.setenv(variable, value)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(ValueError, match=named):
-        trainer(tmp_path)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_layer_with_a_parameter_of_its_own_kind_is_not_covered():

@@ -21,6 +21,7 @@ Shapes: B samples, P positions, I inputs, O outputs, L and R the two sides of a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class ScoreOutput(Function):
     @once_differentiable
     def backward(ctx: Any, b: Tensor) -> tuple[Tensor, None, Tensor, None]:
         (x,) = ctx.saved_tensors
-        return b, None, ctx.score(x, b), None
+        with autocast_off(b):
+            return b, None, ctx.score(x, b), None
 
 
 class ScoredLinear(Function):
@@ -95,7 +97,8 @@ class ScoredLinear(Function):
             bias_gradient_BO = b_BPO.sum(1, dtype=weight_direction.dtype)
             bias_gradient = bias_gradient_BO.sum(0).to(weight.dtype)
             if bias_direction is not None:
-                scores_BK += bias_gradient_BO @ bias_direction.T
+                with autocast_off(b):
+                    scores_BK += bias_gradient_BO @ bias_direction.T
         return x_gradient, weight_gradient.to(weight.dtype), bias_gradient, scores_BK, None, None, None
 
 
@@ -156,6 +159,14 @@ def cast_input(x: Tensor) -> tuple[Tensor, torch.dtype]:
     return (x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x), x.dtype
 
 
+def autocast_off(b: Tensor) -> AbstractContextManager[Any]:
+    """For products in a backward pass that are not to be made in half precision.
+
+    Compiled, it runs under its forward pass's autocast; otherwise under none, and nothing is spent on saying so.
+    """
+    return torch.autocast(b.device.type, enabled=False) if torch.compiler.is_compiling() else nullcontext()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     weight = weight.to(x.dtype)
     return F.linear(x, weight.t() if transposed else weight, None if bias is None else bias.to(x.dtype))
@@ -172,11 +183,29 @@ def sample_weight_gradients(left_BPL: Tensor, right_BPR: Tensor, direction_KLR: 
     Sample i's gradient is left_i^T right_i. A few of them exist at a time where they fit into the cache, otherwise a
     block of rows of their sum. In half precision, products are formed in it, and summed up in the directions' type.
     """
+    if torch.compiler.is_compiling():
+        return weight_gradients_operator(left_BPL, right_BPR, direction_KLR)
     if left_BPL.dtype != direction_KLR.dtype:
         return half_weight_gradients(left_BPL, right_BPR, direction_KLR)
     if left_BPL.shape[2] * right_BPR.shape[2] <= BLOCK:
         return small_weight_gradients(left_BPL, right_BPR, direction_KLR)
     return large_weight_gradients(left_BPL, right_BPR, direction_KLR)
+
+
+@torch.library.custom_op("hf_datashapley::sample_weight_gradients", mutates_args=())
+def weight_gradients_operator(left_BPL: Tensor, right_BPR: Tensor, direction_KLR: Tensor) -> tuple[Tensor, Tensor]:
+    """`sample_weight_gradients` as one node of a compiled graph, which runs as it does without.
+
+    Traced, its loops over samples and blocks would be unrolled: thousands of nodes for a vocabulary's layer, and
+    others for each batch size.
+    """
+    return sample_weight_gradients(left_BPL, right_BPR, direction_KLR)
+
+
+@weight_gradients_operator.register_fake
+def _(left_BPL: Tensor, right_BPR: Tensor, direction_KLR: Tensor) -> tuple[Tensor, Tensor]:
+    num_directions, num_left, num_right = direction_KLR.shape
+    return direction_KLR.new_empty(num_left, num_right), direction_KLR.new_empty(left_BPL.shape[0], num_directions)
 
 
 def small_weight_gradients(left_BPL: Tensor, right_BPR: Tensor, direction_KLR: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,11 @@ from ..full_precision import in_full
 def sample_dot(x: Tensor, y: Tensor) -> Tensor:
     """Inner product of each sample's entries: [B, ...], [B, ...] -> [B], in one pass over both.
 
-    A loop, because on CPU it takes a tenth of the time of one batched product.
+    A loop, because on CPU it takes a tenth of the time of one batched product. What is compiled is fused, and must not
+    unroll it; summed up in two steps, which round less.
     """
+    if torch.compiler.is_compiling():
+        return (x * y).sum(-1).reshape(len(x), -1).sum(1)
     return torch.stack([torch.dot(x_i, y_i) for x_i, y_i in zip(x.flatten(1), y.flatten(1), strict=True)])
 
 
@@ -71,7 +74,7 @@ def norm_scores(x_hat: Tensor, b: Tensor, gamma_KC: Tensor | None, beta_KC: Tens
 
 
 def sum_of(scores: list[Tensor]) -> Tensor:
-    assert scores, "a layer without a scored parameter was captured"
+    assert len(scores) > 0, "a layer without a scored parameter was captured"
     total = scores[0]
     for more in scores[1:]:
         total = total + more

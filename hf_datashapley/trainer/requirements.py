@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend, is_compiled_module
 from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 
 from ..directions.optimizers import check_groups, check_optimizer_class
 from ..directions.validation import needs_half_precision
+from .compiled import is_compiling
 from .config import ShapleyConfig
 from .packed import packs_samples
 from .samples import is_stream
@@ -26,7 +27,6 @@ def check_arguments(args: ShapleyConfig) -> None:
     """Settings of the launch under which values would not be exact, or have not been shown to be."""
     refused = {
         "DataParallel (n_gpu > 1)": (args.n_gpu > 1, "set CUDA_VISIBLE_DEVICES to one GPU"),
-        "torch_compile": (args.torch_compile, "set torch_compile=False"),
         "FSDP": (bool(args.fsdp), "leave `fsdp` unset"),
         "DeepSpeed": (args.deepspeed is not None, "leave `deepspeed` unset"),
         "use_liger_kernel": (args.use_liger_kernel, "set use_liger_kernel=False: its fused loss bypasses lm_head"),
@@ -68,10 +68,6 @@ def check_launch(accelerator: Accelerator, args: ShapleyConfig) -> None:
             accelerator.parallelism_config is not None,
             "leave it unset: every process holds a whole model (DDP)",
         ),
-        "a dynamo backend": (
-            accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
-            "launch with --dynamo_backend no",
-        ),
     }
     refuse_first(refused)
 
@@ -92,7 +88,60 @@ def check_precision(accelerator: Accelerator, model: nn.Module, args: ShapleyCon
             )
 
 
+def check_compilation(args: ShapleyConfig, accelerator: Accelerator, collator: Any) -> None:
+    """What goes together with `torch_compile` (or `accelerate launch --dynamo_backend`).
+
+    A compiled backward pass is a pure function: scores leave it as a gradient, but it cannot put tensors aside.
+    """
+    if not is_compiling(accelerator):
+        return
+    plugin = accelerator.state.dynamo_plugin
+    backend, two_passes = plugin.backend.value.lower(), args.value_order != "first"
+    refuse_first(
+        {
+            f"torch_compile with backend {backend}": (
+                plugin.backend not in (DynamoBackend.INDUCTOR, DynamoBackend.AOT_EAGER, DynamoBackend.EAGER),
+                "set torch_compile_backend='inductor' (accelerate launch --dynamo_backend inductor)",
+            ),
+            f"torch_compile with mode {plugin.mode}": (
+                plugin.mode not in ("default", "max-autotune-no-cudagraphs"),
+                "CUDA graphs write again the memory that scores lie in; set torch_compile_mode='default' (accelerate "
+                "launch --dynamo_mode default)",
+            ),
+            "torch_compile in several processes": (
+                accelerator.num_processes > 1,
+                "launch one process, or set torch_compile=False",
+            ),
+            "torch_compile under fp16": (
+                accelerator.mixed_precision == "fp16",
+                "set bf16=True, or torch_compile=False",
+            ),
+            "torch_compile with packed samples": (
+                packs_samples(collator),
+                "use a collator that keeps a row for each sample, or set torch_compile=False",
+            ),
+            "torch_compile by regions": (
+                plugin.use_regional_compilation,
+                "launch with --dynamo_use_regional_compilation false",
+            ),
+            "second_pass='stash' with torch_compile": (
+                two_passes and args.second_pass == "stash",
+                "set second_pass='auto' or 'replay', or torch_compile=False",
+            ),
+            "path_slope='owen' with torch_compile": (
+                args.value_order == "path" and args.path_slope == "owen",
+                "set path_slope='secant', or torch_compile=False",
+            ),
+        }
+    )
+
+
 def check_model(model: nn.Module, mixed_precision: str) -> None:
+    if any(is_compiled_module(module) or module._compiled_call_impl is not None for module in model.modules()):
+        raise ValueError(
+            "ShapleyTrainer does not support a model that is compiled already: hand over the model as it was before "
+            "torch.compile, and set torch_compile=True"
+        )
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         kind = model.active_peft_config.peft_type.value
         raise ValueError(

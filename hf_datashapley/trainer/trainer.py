@@ -44,6 +44,7 @@ from ..ledger.writer import refuse_existing
 from ..loss_tokens import IGNORED, count_loss_tokens, shifts_labels
 from ..ranks import Ranks
 from . import requirements
+from .compiled import compiled_apart, is_compiling, traced_apart
 from .config import ShapleyConfig
 from .packed import check_samples_apart, packs_samples
 from .passes import MicroBatch
@@ -95,6 +96,7 @@ class ShapleyTrainer(Trainer):
         super().__init__(model, args, *positional, **kwargs)
         self.args: ShapleyConfig = args
         requirements.check_launch(self.accelerator, args)
+        requirements.check_compilation(args, self.accelerator, self.data_collator)
         self._ranks = Ranks(
             self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.is_local_main_process
         )
@@ -168,7 +170,9 @@ class ShapleyTrainer(Trainer):
         self._ledger.restart()
         self._validation = self._make_validation()
         optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+        twice = self.args.value_order == "second"  # differentiates twice, which compiled graphs do not
         self._valuation = Valuation(
+            self.model if twice else compiled_apart(self.model, self.accelerator),
             self.model,
             self.args,
             self._capture,
@@ -179,6 +183,7 @@ class ShapleyTrainer(Trainer):
             half_precision=self._half_precision,
             half_weights=self._half_weights,
             loss_scale=self._loss_scale,
+            compiled=is_compiling(self.accelerator),
         )
         if self._checkpoint is not None:
             self._valuation.load(self._checkpoint)
@@ -249,7 +254,7 @@ class ShapleyTrainer(Trainer):
         """The mean token loss of a batch, by the run's own loss, but not smoothed."""
         smoother, self.label_smoother = self.label_smoother, None
         try:
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), traced_apart(self.accelerator):
                 inputs = self._prepare_inputs(cast(dict[str, Any], batch))
                 # A model gives the mean by itself; a loss function of the user's is told over how many tokens.
                 count = None

@@ -40,12 +40,14 @@ class Valuation:
     `half_precision`: whether products are made in half precision, by autocast or because weights are in it
     (`half_weights`).
     `loss_scale()`: what the loss is multiplied by before it is differentiated, 0-dimensional, the same throughout an
-    update and less after one that overflowed; None: it never is.
+    update and less after one that overflowed; None: it never is. `compiled`: whether what trains is compiled;
+    `uncompiled` is the model all the same, for losses in full precision.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        uncompiled: nn.Module,
         args: ShapleyConfig,
         capture: Capture,
         validation: Validation,
@@ -55,8 +57,10 @@ class Valuation:
         half_precision: bool,
         half_weights: bool,
         loss_scale: Callable[[], Tensor | None],
+        compiled: bool,
     ):
         self.model = model
+        self.uncompiled = uncompiled
         self.capture = capture
         self.validation = validation
         self.ledger = ledger
@@ -65,7 +69,7 @@ class Valuation:
         self.tolerance = HALF_TOLERANCE if half_precision else TOLERANCE
         self.momentum = momentum_of(args)
         self.rule = UpdateRule(optimizer, cast(Literal["auto", "sgd"], args.value_optimizer))
-        self.scores: Pass = make_pass(args, capture, validation, optimizer, self.rule, half_weights)
+        self.scores: Pass = make_pass(args, capture, validation, optimizer, self.rule, half_weights, compiled)
         self.statistics = LogStatistics([target.name for target in validation.targets])
         self._loss_scale = loss_scale
         self._optimizer = optimizer
@@ -147,7 +151,7 @@ class Valuation:
         self._hook.remove()
 
     def _losses(self) -> Tensor:
-        return self.validation.losses(self.model, self._step)
+        return self.validation.losses(self.uncompiled, self._step)
 
 
 def momentum_of(args: ShapleyConfig) -> Momentum:
@@ -162,6 +166,7 @@ def make_pass(
     optimizer: Optimizer,
     rule: UpdateRule,
     half_weights: bool,
+    compiled: bool,
 ) -> Pass:
     scored, momentum = capture.parameters, momentum_of(args)
     if args.value_order == "first":
@@ -173,4 +178,4 @@ def make_pass(
         order = OwenOrder(rule, scored, args.path_nodes, closes_gap=not half_weights)
     else:
         order = PathOrder(rule, scored, args.path_nodes, momentum)
-    return TwoPass(capture, validation, order, cast(SecondPass, args.second_pass))
+    return TwoPass(capture, validation, order, "replay" if compiled else cast(SecondPass, args.second_pass))
