@@ -13,6 +13,7 @@ has imported everything and built the model.
     python scripts/benchmark_overhead.py --validation_interval 10 --rounds 8 --variants plain ceiling fused
     python scripts/benchmark_overhead.py --variants plain second path path-3 owen owen-3
     python scripts/benchmark_overhead.py --variants plain plain-compiled ceiling-compiled fused-compiled fused
+    python scripts/benchmark_overhead.py --processes 2 --threads 1 --variants plain ceiling fused    # DDP
 
 "x-compiled" is variant x with `torch_compile=True`. Ratios are taken over whichever of plain, plain-compiled, ceiling
 and ceiling-compiled are among the variants. Compiling is part of the first update, which is not counted; its memory
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,7 @@ class Setting:
     width: int = 256
     vocabulary: int = 8192
     length: int = field(default=256, metadata={"help": "Tokens in a row."})
-    batch_size: int = field(default=8, metadata={"help": "Training rows in an update."})
+    batch_size: int = field(default=8, metadata={"help": "Training rows of a process in an update."})
     validation_rows: int = field(default=1, metadata={"help": "Validation rows of each target at an update."})
     targets: int = 1
     validation_interval: int = 1
@@ -94,9 +96,11 @@ class Setting:
         },
     )
     rounds: int = field(default=40, metadata={"help": "Updates of each variant, or whole validation intervals."})
-    threads: int = 2
+    processes: int = field(default=1, metadata={"help": "That train together (DDP); the first one's clock counts."})
+    threads: int = field(default=2, metadata={"help": "Of each process."})
     memory: bool = field(default=True, metadata={"help": "Measure peak memory too, in processes of their own."})
     json: str | None = field(default=None, metadata={"help": "File for the figures."})
+    folder: str | None = field(default=None, metadata={"help": "Given to the processes that this script starts."})
     only: str | None = field(default=None, metadata={"help": "Print the peak memory of one block of a variant."})
 
 
@@ -164,12 +168,15 @@ class CeilingTrainer(ShapleyTrainer):
 
 
 def train(variant: str, setting: Setting, model: PreTrainedModel, updates: int) -> None:
-    rows = random_rows(setting, setting.batch_size * updates, seed=1)
+    rows = random_rows(setting, setting.processes * setting.batch_size * updates, seed=1)
     kind = variant.removesuffix(COMPILED)
     targets = {f"t{k}": random_rows(setting, 2 * setting.validation_rows, seed=2 + k) for k in range(setting.targets)}
-    with tempfile.TemporaryDirectory() as folder:
+    # All processes write to the one folder that they were given.
+    shared = None if setting.folder is None else os.path.join(setting.folder, variant)
+    with tempfile.TemporaryDirectory() if shared is None else nullcontext(shared) as folder:
         args = ShapleyConfig(
             output_dir=folder,
+            use_cpu=not torch.cuda.is_available(),
             per_device_train_batch_size=setting.batch_size,
             max_steps=updates,
             save_strategy="no",
@@ -214,7 +221,7 @@ def measured_seconds(setting: Setting) -> dict[str, list[float]]:
     length = setting.validation_interval
     runs = {variant: Run(variant, setting, (setting.rounds + 1) * length) for variant in setting.variants}
     seconds: dict[str, list[float]] = {variant: [0.0] * (setting.rounds + 1) for variant in setting.variants}
-    for number in tqdm(range((setting.rounds + 1) * length), "updates of each"):
+    for number in tqdm(range((setting.rounds + 1) * length), "updates of each", disable=not is_first()):
         # In turn forwards and backwards, so that no variant always follows the same other one.
         for variant in setting.variants if number % 2 == 0 else reversed(setting.variants):
             seconds[variant][number // length] += runs[variant].update()
@@ -260,8 +267,24 @@ def measured_memory(setting: Setting, variant: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def start_processes(setting: Setting) -> None:
+    """This script again, in each of them; their peaks are not measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={setting.processes}", __file__, *sys.argv[1:]]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads)}
+        subprocess.run([*command, "--folder", folder, "--memory", "false"], check=True, env=environment)
+
+
 def main() -> None:
     (setting,) = HfArgumentParser(Setting).parse_args_into_dataclasses()
+    if setting.processes > 1 and setting.folder is None:
+        start_processes(setting)
+        return
     torch.set_num_threads(setting.threads)
     # The variants share the model's code, and so what is counted against its limit.
     torch._dynamo.config.recompile_limit = 64
@@ -275,12 +298,16 @@ def main() -> None:
         print(peak_memory())
         return
 
+    if not is_first():
+        measured_seconds(setting)
+        return
     versions = print_machine(setting)
     print(
         f"{setting.family} {setting.layers}x{setting.width}, vocabulary {setting.vocabulary}, "
         f"{sum(p.numel() for p in build_model(setting).parameters()) / 1e6:.1f}M parameters; {setting.batch_size} + "
         f"{setting.targets} x {setting.validation_rows} rows of {setting.length} tokens, a fresh validation gradient "
-        f"every {setting.validation_interval} updates; AdamW, clipping; {setting.rounds} rounds"
+        f"every {setting.validation_interval} updates; AdamW, clipping; {setting.processes} processes; "
+        f"{setting.rounds} rounds"
     )
     seconds = measured_seconds(setting)
     memory: dict[str, float] = {}
