@@ -27,6 +27,7 @@ class Case:
     poisoned: bool = False
     own_loss: bool = False
     equal_rows: bool = False
+    stream: bool = False
 
 
 SGD = {"optim": "sgd", "learning_rate": 1e-1}
@@ -47,6 +48,11 @@ CASES = {
     "owen replayed": Case({**ADAM, **OWEN, "second_pass": "replay"}, **DOUBLE),
     "own loss": Case(SGD, own_loss=True),
     "plain mean": Case(SGD, "gpt2-plain-mean", equal_rows=True),
+    "stream": Case({**SGD, "max_steps": 3}, equal_rows=True, stream=True),
+    "stream not dispatched": Case(
+        {**SGD, "max_steps": 3, "accelerator_config": {"dispatch_batches": False}}, stream=True
+    ),
+    "dispatched": Case({**SGD, "accelerator_config": {"dispatch_batches": True}}, equal_rows=True),
     "ragged": Case({**SGD, "gradient_accumulation_steps": 1}, rows=21, batch=4),
     "poisoned": Case({**SGD, "max_grad_norm": 0.0}, poisoned=True),
 }
@@ -110,10 +116,11 @@ def rows_of(case):
 
 def make(folder, case, batch):
     targets = {f"t{k}": dataset(text_rows(count, seed=20 + k)) for k, count in enumerate(case.validation)}
+    rows = dataset(rows_of(case), ids=range(100, 100 + case.rows))
     return ShapleyTrainer(
         build(case.model, dtype=case.dtype),
         ShapleyConfig(**arguments(case, folder, batch)),
-        train_dataset=dataset(rows_of(case), ids=range(100, 100 + case.rows)),
+        train_dataset=rows.to_iterable_dataset() if case.stream else rows,
         validation_dataset=targets,
         data_collator=collate,
         compute_loss_func=summed_over_count if case.own_loss else None,

@@ -22,6 +22,7 @@ from transformers import Trainer
 from hf_datashapley import ShapleyTrainer, load_updates
 from hf_datashapley.directions.weights import weights_at
 from hf_datashapley.ghost.rules import rule_for
+from hf_datashapley.ranks import Ranks
 from hf_datashapley.values.additivity import check_shares
 
 
@@ -400,6 +401,6 @@ def test_a_gradient_that_overflowed_is_no_check_of_the_shares(gradient):
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.grad = torch.tensor([1.0, gradient])
     directions = {"": torch.ones(1, 2)}
-    assert not check_shares(torch.tensor([[torch.inf], [1.0]]), {"": parameter}, directions)
-    assert not check_shares(torch.tensor([[torch.nan], [1.0]]), {"": parameter}, directions)
-    assert not check_shares(torch.zeros(2, 1), {"": parameter}, directions)
+    assert not check_shares(torch.tensor([[torch.inf], [1.0]]), {"": parameter}, directions, Ranks())
+    assert not check_shares(torch.tensor([[torch.nan], [1.0]]), {"": parameter}, directions, Ranks())
+    assert not check_shares(torch.zeros(2, 1), {"": parameter}, directions, Ranks())

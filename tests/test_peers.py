@@ -42,7 +42,7 @@
 | | `test_an_update_of_rows_of_one_token` |
 | | `test_validation_rows_of_one_token` |
 | a document starts twice (double BOS) | `test_a_document_starts_once` |
-| scores in bf16 are noise | `test_values_in_bf16_are_no_noise`, `test_launches.py::test_bf16_autocast` |
+| scores in bf16 are noise | `test_values_in_bf16_are_no_noise`, `test_half_precision.py::test_bf16_autocast` |
 
 Of attribution after training, and so of later versions: projections that weight modules by shape, dropout masks that
 differ between train and query gradients, EK-FAC, TRAK's defaults on a small set, projections of language models.
