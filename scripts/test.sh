@@ -15,4 +15,4 @@ echo "== mypy =="
 echo "== pytest =="
 # One thread for each of two workers: faster on two cores than two threads for one. Nothing may need a network.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
-exec "$python" -m pytest -n 2 --dist loadgroup "$@"
+exec "$python" -m pytest -n 2 "$@"

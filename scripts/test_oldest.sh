@@ -7,4 +7,4 @@ prepare_environment .venv-oldest scripts/constraints-oldest.txt
 cd "$root"
 
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
-exec "$python" -m pytest -n 2 --dist loadgroup "$@"
+exec "$python" -m pytest -n 2 "$@"

@@ -11,7 +11,7 @@ from oracles import relative_error
 from hf_datashapley import load_updates
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ddp")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
