@@ -39,8 +39,9 @@ class Ranks:
             return
         small: list[Tensor] = []
         for tensor in tensors:
-            if tensor.numel() >= BUCKET and tensor.is_contiguous():
-                dist.all_reduce(tensor)
+            # By size alone: how a gradient lies in memory may differ from rank to rank.
+            if tensor.numel() >= BUCKET:
+                sum_together([tensor])
                 continue
             if small and sum(t.numel() for t in small) + tensor.numel() > BUCKET:
                 sum_together(small)
@@ -56,6 +57,9 @@ class Ranks:
 
 
 def sum_together(tensors: list[Tensor]) -> None:
+    if len(tensors) == 1 and tensors[0].is_contiguous():
+        dist.all_reduce(tensors[0])
+        return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
     for tensor, found in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):

@@ -10,6 +10,8 @@ from ddp_cases import CASES, Poison, make, plain, tables, train
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
+from hf_datashapley import ranks
+
 
 class Witness(TrainerCallback):
     """What the training loop has while it runs; the first rank also asks for values, all by itself."""
@@ -26,6 +28,7 @@ class Witness(TrainerCallback):
 
 
 def main(folder):
+    ranks.BUCKET = 300  # some tensors are larger, some smaller
     for name, case in CASES.items():
         trainer = make(folder / name, case, batch=case.batch)
         witness = Witness(trainer)

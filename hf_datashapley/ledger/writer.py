@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -83,7 +84,7 @@ class Ledger:
         else:
             refuse_existing(self.directory)
             ranks.wait()  # until all have looked
-            if ranks.is_local_main:
+            if ranks.is_local_main:  # whether or not machines share the folder
                 self.directory.mkdir(parents=True, exist_ok=True)
                 created = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 manifest = {"format": FORMAT, "created": created, **described}
@@ -189,9 +190,12 @@ class Ledger:
         if self.ranks.is_local_main:
             # The values first: what they do not list is not read.
             for kind in KINDS:
-                for part in parts(self.directory, kind):
+                # The last first: a run that is killed in the midst of this leaves no gap.
+                for part in reversed(parts(self.directory, kind)):
                     if part.first > self.after:
-                        part.path.unlink()
+                        part.path.unlink(missing_ok=True)  # several machines may see the one folder
+            for left in self.directory.glob("*.tmp"):
+                left.unlink(missing_ok=True)
         self.ranks.wait()
 
     def _write(self) -> None:
@@ -280,7 +284,7 @@ def write_whole(path: Path, content: Any) -> None:
     Raises:
         OSError: it could not be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

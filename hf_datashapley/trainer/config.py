@@ -48,7 +48,7 @@ class ShapleyConfig(TrainingArguments):
         path_nodes: Gauss-Legendre nodes of order "path", a validation pass each.
         path_slope: "secant", the step that Adam makes of the whole batch, per unit of gradient; "owen", averaged over
             coalitions of samples: right also in the first updates and for rarely touched rows, and dearer. The same
-            under SGD. In half precision its values add up to the change of the loss only nearly.
+            under SGD. With weights in half precision its values add up to the change of the loss only nearly.
         second_pass: how orders "second" and "path" score when the step is known: "stash" keeps every layer's inputs
             and output gradients until then, "replay" runs the update's micro-batches again. "auto": "stash" if it
             takes no more than half of the memory that is free at the first update.

@@ -32,6 +32,7 @@ from ..ghost.capture import Capture
 from ..ghost.kept import Kept
 from ..ghost.packing import Packing
 from ..random_state import RandomState, random_state_kept
+from ..ranks import Ranks
 from ..values.update import Update
 
 
@@ -147,7 +148,7 @@ class TwoPass:
 
     def micro_batch(self, update: Update, micro_batch: MicroBatch) -> Tensor:
         if self.second_pass == "auto":
-            self.second_pass = self._choose(micro_batch)
+            self.second_pass = self._choose(micro_batch, update.ranks)
         stash = self.second_pass == "stash"
         if not stash:
             self._replays.append((RandomState(), micro_batch))
@@ -186,12 +187,14 @@ class TwoPass:
             update.shared = (before - after - update.sum_of(update.own_values())) / tokens.clamp(min=1)
         return directions
 
-    def _choose(self, micro_batch: MicroBatch) -> Literal["stash", "replay"]:
-        """ "stash" where it takes no more than a share of the memory that is free now."""
+    def _choose(self, micro_batch: MicroBatch, ranks: Ranks) -> Literal["stash", "replay"]:
+        """ "stash" where it takes no more than a share of the memory that is free now, on every rank."""
         size = self.capture.kept_bytes(micro_batch.samples, micro_batch.positions) * micro_batch.micro_batches
         device = next(iter(self.capture.parameters.values())).device
         free = free_memory(device)
-        choice: Literal["stash", "replay"] = "stash" if size <= STASH_SHARE * free else "replay"
+        too_large = torch.tensor(float(size > STASH_SHARE * free), device=device)
+        ranks.sum_([too_large])
+        choice: Literal["stash", "replay"] = "replay" if bool(too_large) else "stash"
         logger.info(
             f"second_pass='auto': {choice!r}; keeping the inputs and output gradients of "
             f"{micro_batch.micro_batches} micro-batches takes about {size / 2**20:.0f} MiB, {free / 2**20:.0f} MiB "

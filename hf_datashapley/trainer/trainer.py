@@ -29,6 +29,7 @@ import torch
 import transformers
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -362,15 +363,15 @@ class ShapleyTrainer(Trainer):
         train = super().training_step
         accumulation_steps = self.current_gradient_accumulation_steps
 
-        def run() -> Tensor:
+        def run(module: nn.Module = model) -> Tensor:
             # Trainer takes some of the inputs out of their dict.
-            return train(model, {**inputs}, num_items_in_batch)
+            return train(module, {**inputs}, num_items_in_batch)
 
         def run_again() -> Tensor:
             # The window may be another's by now: of a stream that ended within one, and began again.
             self.current_gradient_accumulation_steps = accumulation_steps
-            with self.accelerator.no_sync(model):
-                return run()
+            # Not through DDP, which would have a word with the other ranks: it sends buffers before a forward pass.
+            return run(model.module if isinstance(model, DistributedDataParallel) else model)
 
         micro_batch = MicroBatch(
             samples=len(sample_ids),
@@ -441,6 +442,7 @@ class ShapleyTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._flush()
+        self._ranks.wait()
         super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
