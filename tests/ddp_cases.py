@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from models import build, collate, dataset, text_rows
 from oracles import Float64
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
 from hf_datashapley import ShapleyConfig, ShapleyTrainer
 
@@ -28,6 +28,7 @@ class Case:
     own_loss: bool = False
     equal_rows: bool = False
     stream: bool = False
+    packed: bool = False
 
 
 SGD = {"optim": "sgd", "learning_rate": 1e-1}
@@ -55,6 +56,9 @@ CASES = {
     "stream not dispatched": Case(
         {**SGD, "max_steps": 3, "accelerator_config": {"dispatch_batches": False}}, stream=True
     ),
+    "packed": Case(SGD, "llama", packed=True),
+    "adapters": Case(SGD, "llama-lora"),
+    "bf16": Case({**SGD, "bf16": True}, tolerance=3e-2),
     "dispatched": Case({**SGD, "accelerator_config": {"dispatch_batches": True}}, equal_rows=True),
     "ragged": Case({**SGD, "gradient_accumulation_steps": 1}, rows=21, batch=4),
     "poisoned": Case({**SGD, "max_grad_norm": 0.0}, poisoned=True),
@@ -125,7 +129,7 @@ def make(folder, case, batch):
         ShapleyConfig(**arguments(case, folder, batch)),
         train_dataset=rows.to_iterable_dataset() if case.stream else rows,
         validation_dataset=targets,
-        data_collator=collate,
+        data_collator=DataCollatorWithFlattening() if case.packed else collate,
         compute_loss_func=summed_over_count if case.own_loss else None,
     )
 
