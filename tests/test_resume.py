@@ -99,6 +99,13 @@ def test_killed_at_random_moments(arguments):
     assert f"{arguments[1]} kills" in process.stdout and "bit for bit" in process.stdout
 
 
+def test_a_checkpoint_without_its_validation_gradient_is_refused(tmp_path):
+    make(tmp_path / "run", validation_interval=5).train()
+    (tmp_path / "run" / "checkpoint-9" / "shapley.safetensors").unlink()
+    with pytest.raises(ValueError, match="lacks shapley.safetensors.*validation_interval=5.*save_only_model=False"):
+        make(tmp_path / "run", validation_interval=5).train(str(tmp_path / "run" / "checkpoint-9"))
+
+
 def test_a_run_that_is_over_makes_no_further_update(tmp_path):
     """Killed after its last checkpoint, in the midst of an epoch."""
     make(tmp_path / "run").train()

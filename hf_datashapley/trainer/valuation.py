@@ -142,7 +142,17 @@ class Valuation:
             save_file(kept, Path(folder) / STATE)
 
     def load(self, folder: str) -> None:
+        """
+        Raises:
+            ValueError: it is not there.
+        """
         path = Path(folder) / STATE
+        if self.validation.interval > 1 and not path.exists():
+            raise ValueError(
+                f"{folder} lacks {STATE}, the validation gradient that validation_interval={self.validation.interval} "
+                "goes on with: resume from a checkpoint that is whole (save_only_model=False) and that every process "
+                "can see"
+            )
         if path.exists():
             self.scores.restore(load_file(path, device=str(next(iter(self.capture.parameters.values())).device)))
 
