@@ -19,8 +19,8 @@ which leaves a gap between the sum of the values and l_v(w(0)) - l_v(w(1)); it i
 For a linear D, S_p is S: under SGD this is order "path", and nothing is computed twice.
 
 The two losses are computed in the precision of the weights, also under autocast: in half precision they differ by
-their rounding, far more than by the gap (AdamW at learning rates up to 3e-4, 2-layer Llama: values off by up to 3 times
-the largest). With weights in half precision the gap is left alone for that reason.
+their rounding, far more than by the gap (AdamW at learning rates up to 3e-4, 2-layer Llama: values off by up to 3
+times the largest). With weights in half precision the gap is left alone for that reason.
 
 Cost beside order "path": 12 evaluations of the update rule for each node, two validation losses, Q.
 """
