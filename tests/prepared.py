@@ -14,6 +14,16 @@ from hf_datashapley import ShapleyConfig
 ROW_LOSSES = {"gpt2-classifier": classification, "llama-classifier": classification, "gpt2-regressor": regression}
 
 
+# Every way to values that keeps other things in memory, or runs other passes.
+ORDERS = {
+    "first": {"value_order": "first"},
+    "second": {"value_order": "second"},
+    "path": {"value_order": "path"},
+    "replayed": {"value_order": "path", "second_pass": "replay"},
+    "owen": {"value_order": "path", "path_slope": "owen"},
+}
+
+
 def config(folder, **settings):
     """Two epochs of two updates of 3 x 2 rows, where a test does not say otherwise."""
     defaults = {

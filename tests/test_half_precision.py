@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from models import build, collate, dataset, text_rows
 from oracles import gradient, relative_error, trainable
-from prepared import config, prepare, two_groups
+from prepared import ORDERS, config, prepare, two_groups
 from recorder import Recorder, assert_history, history_of
 from test_parity import both, logged
 from torch.optim import SGD, AdamW
@@ -26,13 +26,6 @@ from hf_datashapley.ranks import Ranks
 from hf_datashapley.values.additivity import check_shares
 
 
-ORDERS = {
-    "first": {"value_order": "first"},
-    "second": {"value_order": "second"},
-    "path": {"value_order": "path"},
-    "replayed": {"value_order": "path", "second_pass": "replay"},
-    "owen": {"value_order": "path", "path_slope": "owen"},
-}
 MOMENTUM, ADAMW, ADAMW_FUSED = two_groups(SGD, momentum=0.9), two_groups(AdamW), two_groups(AdamW, fused=True)
 
 

@@ -4,20 +4,13 @@ import pytest
 import torch
 from models import ADAPTERS
 from oracles import Float64, relative_error
-from prepared import prepare, two_groups
+from prepared import ORDERS, prepare, two_groups
 from recorder import assert_history
 from torch.optim import SGD, AdamW
 
 
 FLOAT32 = 1e-5
 FLOAT64 = 2e-6
-ORDERS = {
-    "first": {"value_order": "first"},
-    "second": {"value_order": "second"},
-    "path": {"value_order": "path"},
-    "replayed": {"value_order": "path", "second_pass": "replay"},
-    "owen": {"value_order": "path", "path_slope": "owen"},
-}
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from models import build, collate, dataset, text_rows
 from oracles import Float64
-from prepared import prepare, two_groups
+from prepared import ORDERS, prepare, two_groups
 from recorder import assert_history
 from torch import nn
 from torch.optim import AdamW
@@ -16,13 +16,6 @@ from hf_datashapley.ghost.capture import Capture
 
 
 FLOAT64 = 2e-6
-ORDERS = {
-    "first": {"value_order": "first"},
-    "second": {"value_order": "second"},
-    "path": {"value_order": "path"},
-    "replayed": {"value_order": "path", "second_pass": "replay"},
-    "owen": {"value_order": "path", "path_slope": "owen"},
-}
 
 
 class Int8Linear(nn.Linear):
