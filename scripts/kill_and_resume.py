@@ -12,8 +12,10 @@ were enough kills.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import shutil
@@ -40,6 +42,8 @@ from hf_datashapley.trainer.trainer import last_checkpoint
 
 # Attempts within which a run gets through, if it gets anywhere at all.
 PATIENCE = 60
+# Seconds after which an attempt that is not to be killed hangs.
+HANGS = 180
 # Part of an uninterrupted run's time within which an attempt is killed; a resumed one has less to do.
 SPAN = 0.7
 VOCABULARY = 101
@@ -66,6 +70,7 @@ def random_rows(count: int, seed: int) -> Dataset:
 
 def train(folder: str, setting: Setting, rank: int, port: int) -> None:
     """One attempt: from the last checkpoint, if there is one. Run in a process of its own."""
+    faulthandler.dump_traceback_later(HANGS - 10)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -127,17 +132,30 @@ class Attempt:
             RuntimeError: a process has failed by itself.
         """
         deadline = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        running = any(process.is_alive() for process in self.processes)
+        while (running := [p for p in self.processes if p.is_alive()]) and not self.failed():
+            left = deadline - time.monotonic()
+            if not multiprocessing.connection.wait([p.sentinel for p in running], max(0.0, left)):
+                break
+        failed = self.failed()
         for process in self.processes:
             process.kill()
         for process in self.processes:
             process.join()
-        failed = [p.exitcode for p in self.processes if p.exitcode is not None and p.exitcode > 0]
         if failed:
             raise RuntimeError(f"an attempt ended with exit code {failed[0]}; its output is above")
-        return running
+        return bool(running)
+
+    def get_through(self) -> None:
+        """Let it train to its end.
+
+        Raises:
+            RuntimeError: a process has failed, or hangs.
+        """
+        if self.kill_after(HANGS):
+            raise RuntimeError(f"an attempt hung for {HANGS} seconds; where its processes were is above")
+
+    def failed(self) -> list[int]:
+        return [p.exitcode for p in self.processes if p.exitcode]
 
 
 def tables(folder: Path) -> list[dict[str, list[Any]]]:
@@ -155,8 +173,7 @@ def main() -> None:
         # Once for whatever is slow the first time only, and once for its seconds.
         for name in ("warm", "whole"):
             started = time.monotonic()
-            if Attempt(root / name, setting).kill_after(600):
-                raise RuntimeError("an uninterrupted run did not end within 10 minutes")
+            Attempt(root / name, setting).get_through()
             seconds = time.monotonic() - started
         truth = tables(root / "whole")
         kills = runs = half_written = from_scratch = 0
@@ -165,10 +182,9 @@ def main() -> None:
             runs += 1
             folder = root / f"run-{runs}"
             attempts_of_run = 0
-            # The last run is let through.
-            while Attempt(folder, setting).kill_after(
-                draw.uniform(0, SPAN * seconds) if kills < setting.kills else 600
-            ):
+            while kills < setting.kills:
+                if not Attempt(folder, setting).kill_after(draw.uniform(0, SPAN * seconds)):
+                    break
                 kills += 1
                 attempts_of_run += 1
                 bar.update()
@@ -178,6 +194,8 @@ def main() -> None:
                 from_scratch += complete is None
                 if attempts_of_run > PATIENCE:
                     raise RuntimeError(f"{folder} does not get anywhere after {attempts_of_run} attempts")
+            else:
+                Attempt(folder, setting).get_through()
             if tables(folder) != truth:
                 print(json.dumps({"killed": tables(folder), "whole": truth}), file=sys.stderr)
                 raise RuntimeError(f"run {runs} left another ledger than the uninterrupted run (both are above)")
