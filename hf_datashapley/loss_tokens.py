@@ -26,4 +26,12 @@ def count_loss_tokens(labels: Tensor, shifted: bool) -> Tensor:
         return labels.new_ones(labels.shape[0]).long()
     if labels.ndim == 1:
         return labels.ne(IGNORED).long()
-    return (labels[:, 1:] if shifted else labels).ne(IGNORED).flatten(1).sum(1)
+    return loss_positions(labels, shifted).flatten(1).sum(1)
+
+
+def loss_positions(labels: Tensor, shifted: bool) -> Tensor:
+    """Where a label is predicted, bool [rows, positions]; `labels` [rows, positions]."""
+    where = labels.ne(IGNORED)
+    if shifted:
+        where[:, 0] = False
+    return where

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_datashapley import ShapleyTrainer
 from hf_datashapley.ghost.capture import Capture
-from hf_datashapley.ghost.packing import Packing, real_places
+from hf_datashapley.ghost.units import Runs
 
 
 FLOAT32 = 1e-5
@@ -155,22 +155,6 @@ def test_rows_without_labels_are_not_drawn(tmp_path):
     assert {int(row) for step in range(1, 9) for row in trainer.validation_rows(step)[""]} == {3, 4}
 
 
-def test_there_and_back():
-    """Exact in both directions, and for gradients; a sample of no positions is no trouble."""
-    packing = Packing(real_places([3, 0, 1, 2]), 6)
-    row = torch.randn(1, 6, 2, dtype=torch.float64, requires_grad=True)
-    rows = packing.apart(row)
-    assert rows.shape == (4, 3, 2)
-    assert torch.equal(rows[0], row[0, :3]) and torch.equal(rows[2, :1], row[0, 3:4])
-    assert torch.equal(rows[3, :2], row[0, 4:])
-    padding = [rows[1], rows[2, 1:], rows[3, 2:]]
-    assert not any(part.any() for part in padding)
-    assert torch.equal(packing.together(rows), row)
-    assert torch.equal(packing.apart(torch.arange(6)[None], padding=IGNORED)[2], torch.tensor([3, IGNORED, IGNORED]))
-    assert torch.autograd.gradcheck(packing.apart, row)
-    assert torch.autograd.gradcheck(packing.together, rows.detach().requires_grad_())
-
-
 def make(folder, *, model=None, collator=None, validation=None, **settings):
     return ShapleyTrainer(
         build("llama") if model is None else model,
@@ -255,8 +239,7 @@ def test_a_layer_that_sees_another_shape_is_noticed():
     layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
     capture = Capture(layer)
     directions = {name: torch.ones(1, *p.shape) for name, p in capture.parameters.items()}
-    packing = Packing(real_places([2, 1]), 3)
-    with capture.attached(), capture.scoring(directions, 2, packing):
+    with capture.attached(), capture.scoring(directions, Runs([2, 1], rows=1)):
         layer(torch.randn(1, 3, 2))
-        with pytest.raises(ValueError, match=r"0: its input \[3, 2\].*packed row's \[1, 3\].*value_modules"):
+        with pytest.raises(ValueError, match=r"0: its input \[3, 2\].*micro-batch's \[1, 3\].*value_modules"):
             layer(torch.randn(3, 2))

@@ -24,7 +24,7 @@ from hf_datashapley.values.update import UpdateValues
 def update(step, ids, values, *, skipped=False, finite=True):
     return UpdateValues(
         step=step,
-        sample_ids=torch.tensor(ids),
+        ids={"sample_id": torch.tensor(ids)},
         tokens=torch.full((len(ids),), 7),
         values=torch.tensor(values, dtype=torch.float32),
         validation_losses=torch.tensor([2.5] * len(values[0])),

@@ -73,7 +73,8 @@ from hf_datashapley import ShapleyTrainer, load_updates
 from hf_datashapley.demo.corpus import Document
 from hf_datashapley.demo.rows import tokenise, train_tokenizer
 from hf_datashapley.ghost.capture import Capture
-from hf_datashapley.ghost.kernels import sample_weight_gradients
+from hf_datashapley.ghost.kernels import weight_gradients
+from hf_datashapley.ghost.units import Rows
 
 
 FLOAT32 = 1e-5
@@ -509,7 +510,7 @@ def test_products_of_half_precision_are_summed_in_full(rows, columns):
     gradients = torch.einsum("bpl,bpr->blr", left.double(), right.double())
     # One direction along a gradient: its score is large, and would lose more in bf16 than all products together.
     direction = torch.stack([gradients[0].float(), torch.randn(rows, columns, generator=generator)])
-    total, scores = sample_weight_gradients(left, right, direction)
+    total, scores = weight_gradients(left, right, direction, Rows(len(left)))
     assert total.dtype == scores.dtype == torch.float32
     truth = torch.einsum("blr,klr->bk", gradients, direction.double())
     size = gradients.flatten(1).norm(dim=1).unsqueeze(1) * direction.double().flatten(1).norm(dim=1)

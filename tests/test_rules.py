@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from hf_datashapley.ghost.capture import Capture
+from hf_datashapley.ghost.units import Rows
 
 
 KERNELS = ("fused", "project")
@@ -60,7 +61,7 @@ def assert_scores(model, inputs, kernel, target_count, generator, tolerance=1e-9
     capture = Capture(model, kernel=kernel)
     assert set(capture.parameters) == set(parameters)
     with capture.attached():
-        with capture.scoring(directions, batch_size=batch_size) as tap:
+        with capture.scoring(directions, Rows(batch_size)) as tap:
             sample_losses(model(*inputs), cotangent).sum().backward()
         scores = tap.grad
     truth = torch.tensor(
@@ -258,7 +259,7 @@ def test_gradients_accumulate_over_micro_batches(kernel):
     capture = Capture(model, kernel=kernel)
     with capture.attached():
         for tokens, truth in zip(micro_batches, samples, strict=True):
-            with capture.scoring(directions, batch_size=len(tokens)) as tap:
+            with capture.scoring(directions, Rows(len(tokens))) as tap:
                 sample_losses(model(tokens), 1.5).sum().backward()
             expected = torch.tensor(
                 [[inner(g, {n: u[k] for n, u in directions.items()}, parameters) for k in range(2)] for g in truth]
@@ -280,7 +281,7 @@ def test_output_gradient_may_be_an_expanded_scalar(kernel, layer):
     directions = {name: draw(generator, 2, *p.shape) for name, p in parameters.items()}
     samples = per_sample_gradients(model(x).flatten(1).sum(1), parameters)
     capture = Capture(model, kernel=kernel)
-    with capture.attached(), capture.scoring(directions, batch_size=3) as tap:
+    with capture.attached(), capture.scoring(directions, Rows(3)) as tap:
         model(x).sum().backward()
     truth = [[inner(g, {n: u[k] for n, u in directions.items()}, parameters) for k in range(2)] for g in samples]
     torch.testing.assert_close(tap.grad, torch.tensor(truth, dtype=torch.float64), rtol=1e-9, atol=1e-9)
@@ -309,7 +310,7 @@ def test_layers_are_restored_also_after_an_error(kernel):
     with pytest.raises(RuntimeError, match="in the middle"):
         with capture.attached():
             directions = {name: p.detach().unsqueeze(0) for name, p in trainable(model).items()}
-            with capture.scoring(directions, batch_size=2):
+            with capture.scoring(directions, Rows(2)):
                 raise RuntimeError("in the middle")
     assert [(type(module), set(vars(module))) for module in model.modules()] == before
 
@@ -344,7 +345,7 @@ def test_identity_directions_give_the_per_sample_gradients_of_whole_models(name,
             directions = {n: torch.zeros(entries, *p.shape, dtype=torch.float64) for n, p in parameters.items()}
             directions[scored] = torch.eye(entries, dtype=torch.float64).view(entries, *parameter.shape)
             model.zero_grad()
-            with capture.scoring(directions, batch_size=3) as tap:
+            with capture.scoring(directions, Rows(3)) as tap:
                 losses().sum().backward()
             truth = torch.stack([sample[scored].flatten() for sample in samples])
             torch.testing.assert_close(tap.grad.double(), truth, rtol=1e-8, atol=1e-12, msg=scored)
@@ -417,7 +418,7 @@ def test_input_whose_first_dimension_is_not_the_micro_batch_is_refused(kernel):
     directions = {name: torch.ones(1, *p.shape) for name, p in trainable(model).items()}
     capture = Capture(model, kernel=kernel)
     with capture.attached(), pytest.raises(ValueError, match="linear"):
-        with capture.scoring(directions, batch_size=4):
+        with capture.scoring(directions, Rows(4)):
             model(torch.ones(4, 6, 3)).sum().backward()
 
 
@@ -440,7 +441,7 @@ def test_only_the_selected_modules_are_scored(kernel, modules, chosen):
     parameters = trainable(model)
     samples = per_sample_gradients(sample_losses(model(tokens), 1.5), parameters)
     directions = {name: draw(generator, 1, *parameters[name].shape) for name in chosen}
-    with capture.attached(), capture.scoring(directions, batch_size=4) as tap:
+    with capture.attached(), capture.scoring(directions, Rows(4)) as tap:
         sample_losses(model(tokens), 1.5).sum().backward()
     truth = torch.tensor([inner(sample, {n: directions[n][0] for n in chosen}, chosen) for sample in samples])
     torch.testing.assert_close(tap.grad[:, 0].double(), truth.double(), rtol=1e-6, atol=1e-6)

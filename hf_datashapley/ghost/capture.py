@@ -20,8 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .kept import Kept
 from .kernels import KeptLinear, KeptOutput, ScoredLinear, ScoreOutput
-from .packing import Packing
-from .rules import LayerRule, LinearRule, positions, rule_for
+from .rules import LayerRule, LinearRule, rule_for
+from .units import Units
 
 
 Kernel = Literal["fused", "project"]
@@ -31,7 +31,7 @@ SITE = "_datashapley_site"
 class Site:
     """What a captured layer needs to score itself, or to be scored later.
 
-    Idle while `batch_size` is 0. Copies and pickles of it are idle.
+    Idle while `units` is None. Copies and pickles of it are idle.
     """
 
     def __init__(self) -> None:
@@ -39,11 +39,10 @@ class Site:
         self.rule: LayerRule | None = None
         self.kernel: Kernel = "project"
         self.parameters: dict[str, str] = {}  # the layer's name of a scored parameter -> the model's name of it
-        self.batch_size = 0
+        self.units: Units | None = None
         self.tap: Tensor | None = None
         self.directions: dict[str, Tensor] = {}  # by the layer's names
         self.kept: Kept | None = None
-        self.packing: Packing | None = None  # of samples that share one row
 
     def __reduce__(self) -> tuple[type[Site], tuple[()]]:
         return (Site, ())
@@ -54,58 +53,47 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """The `forward` of a captured layer."""
     site: Site = self.__dict__[SITE]
     own = type(self).forward
-    if not site.batch_size:
+    units = site.units
+    if units is None:
         return own(self, *args, **kwargs)
     x = args[0] if args else next(iter(kwargs.values()))
-    batch = site.batch_size
     if x.ndim == 1 and not x.is_floating_point():
         raise ValueError(
             f"{site.name}: its input has no batch dimension, so its gradient cannot be told apart by sample; look up "
             "ids of shape [1, positions], leave it out with `value_modules`, or freeze it"
         )
-    packing = site.packing
-    if packing is not None:
-        if x.shape[:2] != packing.shape:
-            raise ValueError(
-                f"{site.name}: its input {list(x.shape)} does not begin with the packed row's {list(packing.shape)}, "
-                "so its gradient cannot be told apart by sample; leave it out with `value_modules` or freeze it"
-            )
-    elif x.shape[0] != batch:
+    shape = units.shape
+    if x.shape[: len(shape)] != shape:
         # GPT-2 looks its position ids [1, P] up once for all rows: without a batch dimension, autograd would hand
         # over the position gradients already summed over the samples.
-        if x.shape[0] != 1 or x.is_floating_point():
+        if x.shape[0] != 1 or x.shape[1 : len(shape)] != shape[1:] or x.is_floating_point():
             raise ValueError(
-                f"{site.name}: the first dimension of its input is {x.shape[0]}, the micro-batch has {batch} samples, "
-                "so its gradient cannot be told apart by sample; leave it out with `value_modules` or freeze it"
+                f"{site.name}: its input {list(x.shape)} does not begin with the micro-batch's {list(shape)}, so its "
+                "gradient cannot be told apart by sample; leave it out with `value_modules` or freeze it"
             )
-        x = x.expand(batch, *x.shape[1:])
+        x = x.expand(shape[0], *x.shape[1:])
     assert site.rule is not None
     if site.kernel == "fused" and isinstance(site.rule, LinearRule) and "weight" in site.parameters:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
-        rows = x if packing is None else packing.apart(x)
-        linear = None
         if site.kept is None:
             u, u_bias = site.directions["weight"], site.directions.get("bias")
-            linear = ScoredLinear.apply(rows, weight, bias, site.tap, u, u_bias, site.rule.transposed)
-        elif gradients_are_smaller(weight, rows):
+            return ScoredLinear.apply(x, weight, bias, site.tap, u, u_bias, site.rule.transposed, units)
+        if gradients_are_smaller(weight, x, units):
             keep = partial(site.kept.add_gradients, site.parameters)
-            linear = KeptLinear.apply(rows, weight, bias, site.rule.transposed, keep)
-        if linear is not None:
-            return linear if packing is None else packing.together(linear)
+            return KeptLinear.apply(x, weight, bias, site.rule.transposed, units, keep)
     output = own(self, *args, **kwargs)
-    if packing is None and output.shape[0] != batch:
-        output = output.expand(batch, *output.shape[1:])
+    if output.shape[0] != shape[0]:
+        output = output.expand(shape[0], *output.shape[1:])
     if site.kept is not None:
-        keep_inputs = partial(site.kept.add_inputs, site.parameters, site.rule)
-        return KeptOutput.apply(output, x, keep_inputs if packing is None else packing.each_apart(keep_inputs))
-    score = partial(site.rule.scores, directions=site.directions)
-    return ScoreOutput.apply(output, x, site.tap, score if packing is None else packing.each_apart(score))
+        return KeptOutput.apply(output, x, partial(site.kept.add_inputs, site.parameters, site.rule))
+    score = partial(site.rule.scores, directions=site.directions, units=units)
+    return ScoreOutput.apply(output, x, site.tap, score)
 
 
-def gradients_are_smaller(weight: Tensor, x: Tensor) -> bool:
-    """Whether a sample's own weight gradient takes no more room than its inputs and output gradients."""
-    return weight.numel() <= positions(x).shape[1] * sum(weight.shape)
+def gradients_are_smaller(weight: Tensor, x: Tensor, units: Units) -> bool:
+    """Whether the units' own weight gradients take no more room than their inputs and output gradients."""
+    return units.count * weight.numel() <= x.shape[:-1].numel() * sum(weight.shape)
 
 
 class Capture:
@@ -169,21 +157,18 @@ class Capture:
                 module.__dict__.pop(SITE, None)
 
     @contextmanager
-    def scoring(
-        self, directions: dict[str, Tensor], batch_size: int, packing: Packing | None = None
-    ) -> Iterator[Tensor]:
-        """Score every backward pass of a forward pass that runs within it; yields the tap, [batch_size, K] zeros.
+    def scoring(self, directions: dict[str, Tensor], units: Units) -> Iterator[Tensor]:
+        """Score every backward pass of a forward pass that runs within it; yields the tap, [U, K] zeros.
 
         `directions`: for each of `self.parameters`, K directions, [K, *parameter.shape]. After `loss.backward()` the
-        tap's `.grad` holds, for each sample and direction, the sum over parameters of <sample's share of the gradient
-        of `loss`, direction>. `packing`: the samples are those of one row.
+        tap's `.grad` holds, for each unit and direction, the sum over parameters of <unit's share of the gradient of
+        `loss`, direction>.
         """
         some = next(iter(directions.values()))
-        tap = torch.zeros(batch_size, some.shape[0], dtype=some.dtype, device=some.device, requires_grad=True)
+        tap = torch.zeros(units.count, some.shape[0], dtype=some.dtype, device=some.device, requires_grad=True)
         try:
             for site in self._sites.values():
-                site.batch_size = batch_size
-                site.packing = packing
+                site.units = units
                 site.tap = tap
                 site.directions = {local: directions[name] for local, name in site.parameters.items()}
             yield tap
@@ -191,13 +176,12 @@ class Capture:
             self._rest()
 
     @contextmanager
-    def keeping(self, batch_size: int, packing: Packing | None = None) -> Iterator[Kept]:
+    def keeping(self, units: Units) -> Iterator[Kept]:
         """Keep what scoring needs, of every backward pass of a forward pass that runs within it."""
-        kept = Kept(batch_size)
+        kept = Kept(units)
         try:
             for site in self._sites.values():
-                site.batch_size = batch_size
-                site.packing = packing
+                site.units = units
                 site.kept = kept
             yield kept
         finally:
@@ -205,16 +189,16 @@ class Capture:
 
     def _rest(self) -> None:
         for site in self._sites.values():
-            site.batch_size, site.tap, site.directions, site.kept, site.packing = 0, None, {}, None, None
+            site.units, site.tap, site.directions, site.kept = None, None, {}, None
 
-    def kept_bytes(self, rows: int, length: int) -> int:
-        """About how much room `keeping` takes for rows of `length` positions: inputs and output gradients."""
+    def kept_bytes(self, positions: int) -> int:
+        """About how much room `keeping` takes for so many positions: inputs and output gradients."""
         total = 0
         for module, site in self._sites.items():
             some = next(p for local, p in module._parameters.items() if local in site.parameters and p is not None)
             # A norm's input and output have the size of its weight each, an embedding keeps ids and outputs.
             width = sum(some.shape) if isinstance(site.rule, LinearRule) and some.ndim == 2 else 2 * some.shape[-1]
-            total += rows * length * width * some.element_size()
+            total += positions * width * some.element_size()
         return total
 
 

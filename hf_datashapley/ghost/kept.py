@@ -1,9 +1,9 @@
-"""What a backward pass leaves behind when its samples are to be scored later, against directions not yet known.
+"""What a backward pass leaves behind when its units are to be scored later, against directions not yet known.
 
-A linear layer of the "fused" kernel keeps its samples' own weight gradients where they take no more room than its
+A linear layer of the "fused" kernel keeps its units' own weight gradients where they take no more room than its
 inputs and output gradients (from which they would have to be formed again); everything else keeps the latter.
 
-Shapes: B samples, K directions.
+Shapes: U units, K directions.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels import sample_weight_gradients
-from .rules import EmbeddingRule, LayerRule, LinearRule, positions
+from .kernels import weight_gradients
+from .rules import EmbeddingRule, LayerRule, LinearRule
+from .units import Units
 
 
 @dataclass
@@ -23,6 +24,7 @@ class KeptInputs:
 
     parameters: dict[str, str]
     rule: LayerRule
+    units: Units
     x: Tensor
     b: Tensor
 
@@ -32,19 +34,19 @@ class KeptInputs:
             # Forming the gradients takes no more products than the rule's way, and no more for further directions.
             x = self.x.to(self.b.dtype)
             left, right = (x, self.b) if self.rule.transposed else (self.b, x)
-            _, scores = sample_weight_gradients(positions(left), positions(right), own["weight"])
+            _, scores = weight_gradients(left, right, own["weight"], self.units)
             if "bias" in own:
-                scores += positions(self.b).sum(1, dtype=scores.dtype) @ own["bias"].T
+                scores += self.units.sum(self.b, dtype=scores.dtype) @ own["bias"].T
             return scores
-        return self.rule.scores(self.x, self.b, own)
+        return self.rule.scores(self.x, self.b, own, self.units)
 
     def gradient(self, local: str, i: int) -> Tensor:
-        return self.rule.gradient(local, self.x[i : i + 1], self.b[i : i + 1])
+        return self.rule.gradient(local, self.units.parts(self.x)[i], self.units.parts(self.b)[i])
 
 
 @dataclass
 class KeptGradients:
-    """One use of a linear layer: its samples' gradients by the layer's names, each [B, *shape]."""
+    """One use of a linear layer: its units' gradients by the layer's names, each [U, *shape]."""
 
     parameters: dict[str, str]
     gradients: dict[str, Tensor]
@@ -61,15 +63,15 @@ class KeptGradients:
 
 
 class Kept:
-    """All uses of all captured layers in one backward pass of B samples."""
+    """All uses of all captured layers in one backward pass."""
 
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
+    def __init__(self, units: Units):
+        self.units = units
         self._uses: list[KeptInputs | KeptGradients] = []
 
     def add_inputs(self, parameters: dict[str, str], rule: LayerRule, x: Tensor, b: Tensor) -> None:
         # Detached, or the input would hold on to the whole graph before it.
-        self._uses.append(KeptInputs(parameters, rule, x.detach(), b))
+        self._uses.append(KeptInputs(parameters, rule, self.units, x.detach(), b))
 
     def add_gradients(self, parameters: dict[str, str], weight: Tensor, bias: Tensor | None) -> None:
         gradients = {"weight": weight}
@@ -79,9 +81,9 @@ class Kept:
 
     @torch.no_grad()
     def scores(self, directions: dict[str, Tensor]) -> Tensor:
-        """<sample's share of the gradient, direction>, [B, K]; directions [K, *shape] by name."""
+        """<unit's share of the gradient, direction>, [U, K]; directions [K, *shape] by name."""
         some = next(iter(directions.values()))
-        scores = some.new_zeros(self.batch_size, some.shape[0])
+        scores = some.new_zeros(self.units.count, some.shape[0])
         for use in self._uses:
             scores += use.scores(directions)
         return scores
@@ -97,11 +99,11 @@ class Kept:
             total = squares[name]
             (use, local), *others = found
             if not others and isinstance(use, KeptInputs) and isinstance(use.rule, EmbeddingRule):
-                for i in range(self.batch_size):
-                    rows, sums = use.rule.rows(use.x[i], use.b[i])
+                for x, b in zip(self.units.parts(use.x), self.units.parts(use.b), strict=True):
+                    rows, sums = use.rule.rows(x, b)
                     total.index_add_(0, rows, sums.to(total.dtype).square_())
                 continue
-            for i in range(self.batch_size):
+            for i in range(self.units.count):
                 gradient = use.gradient(local, i).to(total.dtype)
                 for other, other_local in others:
                     gradient = gradient + other.gradient(other_local, i)

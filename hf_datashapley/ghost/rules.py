@@ -1,7 +1,7 @@
-"""One rule per kind of layer: the inner products of every sample's gradient with given directions.
+"""One rule per kind of layer: the inner products of every unit's gradient with given directions.
 
 All these layers are affine in their parameters: the output is s = f(x; theta) + const with f linear in theta. So the
-gradient of sample i with respect to theta, contracted with a direction u, is the contraction of the output gradient
+gradient of unit i with respect to theta, contracted with a direction u, is the contraction of the output gradient
 b = dL/ds with f(x_i; u), whatever the layer does with its input:
 
     <g_i, u> = sum_p b_ip . f(x_ip; u)          Linear: f = U x + u        Embedding: f = U[id]
@@ -10,8 +10,7 @@ b = dL/ds with f(x_i; u), whatever the layer does with its input:
 Nothing here keeps state or touches training; the functions take tensors and give tensors, and `tests/test_rules.py`
 holds each against autograd.
 
-Shapes: B samples, P positions (all dimensions between the first and the last), I inputs, O outputs, C channels,
-K directions.
+Shapes: R rows, U units in them (`units`), I inputs, O outputs, C channels, K directions.
 """
 
 from __future__ import annotations
@@ -25,51 +24,36 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..full_precision import in_full
+from .units import Units
 
 
-def sample_dot(x: Tensor, y: Tensor) -> Tensor:
-    """Inner product of each sample's entries: [B, ...], [B, ...] -> [B], in one pass over both.
-
-    A loop, because on CPU it takes a tenth of the time of one batched product. What is compiled is fused, and must not
-    unroll it; summed up in two steps, which round less.
-    """
-    if torch.compiler.is_compiling():
-        return (x * y).sum(-1).reshape(len(x), -1).sum(1)
-    return torch.stack([torch.dot(x_i, y_i) for x_i, y_i in zip(x.flatten(1), y.flatten(1), strict=True)])
-
-
-def positions(x: Tensor) -> Tensor:
-    """[B, ..., C] -> [B, P, C]; a row without position dimensions has one position."""
-    return x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
-
-
-def linear_scores(x: Tensor, b: Tensor, weight_KOI: Tensor | None, bias_KO: Tensor | None) -> Tensor:
-    """Linear layer s = x W^T + bias: [B, K] from its input [B, ..., I] and output gradient [B, ..., O].
+def linear_scores(x: Tensor, b: Tensor, weight_KOI: Tensor | None, bias_KO: Tensor | None, units: Units) -> Tensor:
+    """Linear layer s = x W^T + bias: [U, K] from its input [R, ..., I] and output gradient [R, ..., O].
 
     One matrix product of the layer's own size for each direction ("project"); `kernels.ScoredLinear` needs none.
     """
     scores = []
     if weight_KOI is not None:
-        scores.append(torch.stack([sample_dot(F.linear(x, u_OI), b) for u_OI in weight_KOI], dim=1))
+        scores.append(torch.stack([units.dot(F.linear(x, u_OI), b) for u_OI in weight_KOI], dim=1))
     if bias_KO is not None:
-        scores.append(positions(b).sum(1) @ bias_KO.T)
+        scores.append(units.sum(b) @ bias_KO.T)
     return sum_of(scores)
 
 
-def embedding_scores(ids: Tensor, b: Tensor, weight_KVC: Tensor, padding_idx: int | None) -> Tensor:
-    """Embedding: [B, K] from ids [B, ...] and output gradient [B, ..., C]. The padding row gets no gradient."""
+def embedding_scores(ids: Tensor, b: Tensor, weight_KVC: Tensor, padding_idx: int | None, units: Units) -> Tensor:
+    """Embedding: [U, K] from ids [R, ...] and output gradient [R, ..., C]. The padding row gets no gradient."""
     if padding_idx is not None:
         b = b.masked_fill((ids == padding_idx).unsqueeze(-1), 0.0)
-    return torch.stack([sample_dot(F.embedding(ids, u_VC), b) for u_VC in weight_KVC], dim=1)
+    return torch.stack([units.dot(F.embedding(ids, u_VC), b) for u_VC in weight_KVC], dim=1)
 
 
-def norm_scores(x_hat: Tensor, b: Tensor, gamma_KC: Tensor | None, beta_KC: Tensor | None) -> Tensor:
-    """LayerNorm and RMSNorm: [B, K] from the normalised input and the output gradient, both [B, ..., C]."""
+def norm_scores(x_hat: Tensor, b: Tensor, gamma_KC: Tensor | None, beta_KC: Tensor | None, units: Units) -> Tensor:
+    """LayerNorm and RMSNorm: [U, K] from the normalised input and the output gradient, both [R, ..., C]."""
     scores = []
     if gamma_KC is not None:
-        scores.append(positions(x_hat * b).sum(1) @ gamma_KC.T)
+        scores.append(units.sum(x_hat * b) @ gamma_KC.T)
     if beta_KC is not None:
-        scores.append(positions(b).sum(1) @ beta_KC.T)
+        scores.append(units.sum(b) @ beta_KC.T)
     return sum_of(scores)
 
 
@@ -88,13 +72,13 @@ def full_precision(x: Tensor, b: Tensor, directions: dict[str, Tensor]) -> tuple
 
 
 class LayerRule:
-    """How one layer scores: `scores(x, b, directions)` -> [B, K], directions by parameter name, each [K, *shape].
+    """How one layer scores: `scores(x, b, directions, units)` -> [U, K], directions by parameter name, [K, *shape].
 
-    And, where a gradient itself is asked for: `gradient(name, x, b)`, that of one sample's share, with x and b a batch
-    of this one sample.
+    And, where a gradient itself is asked for: `gradient(name, x, b)`, that of one unit's share, of whose positions
+    x and b are (`Units.parts`).
     """
 
-    def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor]) -> Tensor:
+    def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor], units: Units) -> Tensor:
         raise NotImplementedError
 
     def gradient(self, name: str, x: Tensor, b: Tensor) -> Tensor:
@@ -107,19 +91,19 @@ class LinearRule(LayerRule):
     def __init__(self, layer: nn.Module):
         self.transposed = isinstance(layer, Conv1D)
 
-    def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor]) -> Tensor:
+    def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor], units: Units) -> Tensor:
         x, b = full_precision(x.to(b.dtype), b, directions)
         weight = directions.get("weight")
         if weight is not None and self.transposed:
             weight = weight.transpose(1, 2)
-        return linear_scores(x, b, weight, directions.get("bias"))
+        return linear_scores(x, b, weight, directions.get("bias"), units)
 
     def gradient(self, name: str, x: Tensor, b: Tensor) -> Tensor:
         if name == "bias":
-            return positions(b)[0].sum(0)
+            return b.flatten(0, -2).sum(0)
         x = x.to(b.dtype)
         left, right = (x, b) if self.transposed else (b, x)
-        return positions(left)[0].t() @ positions(right)[0]
+        return left.flatten(0, -2).t() @ right.flatten(0, -2)
 
 
 class EmbeddingRule(LayerRule):
@@ -131,16 +115,16 @@ class EmbeddingRule(LayerRule):
         self.padding_idx = layer.padding_idx
         self.shape = layer.weight.shape
 
-    def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor]) -> Tensor:
+    def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor], units: Units) -> Tensor:
         b = b.to(directions["weight"].dtype)
-        return embedding_scores(x, b, directions["weight"], self.padding_idx)
+        return embedding_scores(x, b, directions["weight"], self.padding_idx, units)
 
     def gradient(self, name: str, x: Tensor, b: Tensor) -> Tensor:
         rows, sums = self.rows(x, b)
         return sums.new_zeros(self.shape).index_copy_(0, rows, sums)
 
     def rows(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows [R] of one sample's gradient that are not zero, and what they hold, [R, C]."""
+        """The rows [R] of one unit's gradient that are not zero, and what they hold, [R, C]."""
         b = in_full(b)
         rows, place = x.flatten().unique(return_inverse=True)
         sums = b.new_zeros(len(rows), b.shape[-1]).index_add_(0, place, b.reshape(-1, b.shape[-1]))
@@ -156,14 +140,14 @@ class NormRule(LayerRule):
         self.normalise = normalise
         self.ndim = ndim
 
-    def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor]) -> Tensor:
+    def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor], units: Units) -> Tensor:
         x, b = full_precision(x, b, directions)
         gamma, beta = directions.get("weight"), directions.get("bias")
         x_hat = self.normalise(x) if gamma is not None else x
         if self.ndim > 1:
             x_hat, b = x_hat.flatten(-self.ndim), b.flatten(-self.ndim)
         return norm_scores(
-            x_hat, b, None if gamma is None else gamma.flatten(1), None if beta is None else beta.flatten(1)
+            x_hat, b, None if gamma is None else gamma.flatten(1), None if beta is None else beta.flatten(1), units
         )
 
     def gradient(self, name: str, x: Tensor, b: Tensor) -> Tensor:
@@ -179,12 +163,12 @@ class LayerNormRule(NormRule):
         self.shape, self.eps = layer.normalized_shape, layer.eps
         super().__init__(lambda x: F.layer_norm(x, self.shape, eps=self.eps), len(self.shape))
 
-    def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor]) -> Tensor:
+    def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor], units: Units) -> Tensor:
         if directions.keys() == {"weight", "bias"} and len(directions["weight"]) == 1:
             x, b = full_precision(x, b, directions)
             output = F.layer_norm(x, self.shape, directions["weight"][0], directions["bias"][0], self.eps)
-            return sample_dot(output, b).unsqueeze(1)
-        return super().scores(x, b, directions)
+            return units.dot(output, b).unsqueeze(1)
+        return super().scores(x, b, directions, units)
 
 
 def rms_norm_rule(layer: nn.Module) -> NormRule:

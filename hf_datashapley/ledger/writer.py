@@ -109,7 +109,7 @@ class Ledger:
         if self._writing is not None and self._writing.done():
             self._wait()
         self._pending.append(update)
-        self._num_rows += len(update.sample_ids)
+        self._num_rows += len(update.tokens)
         if len(self._pending) >= PENDING_UPDATES:
             self.collect()
         if self._num_rows >= ROWS_PER_PART:
@@ -122,11 +122,11 @@ class Ledger:
             return
         updates, self._pending = self._pending, []
         steps = np.array([update.step for update in updates], np.int32)
-        sizes = [len(update.sample_ids) for update in updates]
+        sizes = [len(update.tokens) for update in updates]
         values = torch.cat([update.values for update in updates]).float().cpu().numpy()
         columns = {
             "step": np.repeat(steps, sizes),
-            "sample_id": torch.cat([update.sample_ids for update in updates]).cpu().numpy(),
+            "sample_id": torch.cat([update.ids["sample_id"] for update in updates]).cpu().numpy(),
             "tokens": torch.cat([update.tokens for update in updates]).cpu().numpy().astype(np.int32),
         }
         columns |= {name: values[:, k] for k, name in enumerate(value_columns(self.targets))}

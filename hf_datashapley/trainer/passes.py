@@ -30,7 +30,7 @@ from ..directions.validation import Validation
 from ..full_precision import full_dtype
 from ..ghost.capture import Capture
 from ..ghost.kept import Kept
-from ..ghost.packing import Packing
+from ..ghost.units import Units
 from ..random_state import RandomState, random_state_kept
 from ..ranks import Ranks
 from ..values.update import Update
@@ -51,12 +51,11 @@ class MicroBatch:
     `run` makes Trainer's own forward and backward pass of it; `run_again` the same, without a word to other ranks.
     """
 
-    samples: int
-    positions: int
+    units: Units
+    positions: int  # of all its rows
     micro_batches: int  # in the whole update
     run: Callable[[], Tensor]
     run_again: Callable[[], Tensor]
-    packing: Packing | None = None  # of samples that share one row
 
 
 class Pass(Protocol):
@@ -154,7 +153,7 @@ class TwoPass:
             self._replays.append((RandomState(), micro_batch))
             if not isinstance(self.order, OwenOrder):
                 return micro_batch.run()
-        with self.capture.keeping(micro_batch.samples, micro_batch.packing) as kept:
+        with self.capture.keeping(micro_batch.units) as kept:
             loss = micro_batch.run()
         if isinstance(self.order, OwenOrder):
             kept.add_squares(self._squares)
@@ -189,7 +188,7 @@ class TwoPass:
 
     def _choose(self, micro_batch: MicroBatch, ranks: Ranks) -> Literal["stash", "replay"]:
         """ "stash" where it takes no more than a share of the memory that is free now, on every rank."""
-        size = self.capture.kept_bytes(micro_batch.samples, micro_batch.positions) * micro_batch.micro_batches
+        size = self.capture.kept_bytes(micro_batch.positions) * micro_batch.micro_batches
         device = next(iter(self.capture.parameters.values())).device
         free = free_memory(device)
         too_large = torch.tensor(float(size > STASH_SHARE * free), device=device)
@@ -206,8 +205,8 @@ class TwoPass:
 def scored(
     capture: Capture, directions: dict[str, Tensor], micro_batch: MicroBatch, run: Callable[[], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a micro-batch, and <sample's gradient, direction>, [B, K]."""
-    with capture.scoring(directions, micro_batch.samples, micro_batch.packing) as tap:
+    """The loss of a micro-batch, and <unit's gradient, direction>, [U, K]."""
+    with capture.scoring(directions, micro_batch.units) as tap:
         loss = run()
     # No gradient where the loss reaches none of the scored layers.
     return loss, torch.zeros_like(tap) if tap.grad is None else tap.grad

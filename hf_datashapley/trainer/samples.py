@@ -1,8 +1,7 @@
-"""Every training row keeps its id on the way to the training step.
+"""Every training row has an id, and keeps it on the way to the collator.
 
-Columns that the model does not know are dropped before the collator, and collators drop keys they do not know. So the
-id does not travel in the row: the dataset hands out (row, id) pairs, and the collator is wrapped to take the ids off
-before the user's collator sees the rows and to put them into the batch afterwards. The rows are those that `Trainer`
+Columns that the model does not know are dropped before the collator. So the id does not travel in the row: the dataset
+hands out (row, id) pairs, and the wrapped collator (`batches`) takes the ids off. The rows are those that `Trainer`
 would have handed out.
 
 A stream is not wrapped, so that its sharding among workers and processes, `set_epoch` and the like stay its own. Its
@@ -13,7 +12,7 @@ Whether two rows of a stream have the same id cannot be seen: they would get one
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -23,14 +22,9 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
-from ..ghost.packing import real_places
 from ..random_state import random_state_kept
-from .packed import packed_lengths
 
 
-# Keys of the batch that no model argument and no column is called.
-BATCH_KEY = "_datashapley_sample_id"
-PLACES_KEY = "_datashapley_places"
 LARGEST_ID = np.iinfo(np.int64).max
 SHOWN = 5
 STREAM_CURE = (
@@ -68,52 +62,6 @@ class IdentifiedRows(torch.utils.data.Dataset[IdentifiedRow]):
 
     def _id(self, index: int) -> int:
         return int(index) if self.ids is None else int(self.ids[index])
-
-
-class WithoutColumn:
-    """A collator whose rows lose one column first, if they have it."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any], column: str):
-        self.collate = collate
-        self.column = column
-
-    def __call__(self, rows: list[Any]) -> Any:
-        if isinstance(rows[0], Mapping) and self.column in rows[0]:
-            rows = [{key: value for key, value in row.items() if key != self.column} for row in rows]
-        return self.collate(rows)
-
-
-class IdentifyingCollator:
-    """Collates the rows of its items with the user's collator and adds their ids.
-
-    What it adds are tensors that begin with the batch's own first dimension, as accelerate's slicing and broadcasting
-    want it: ids are int64 [rows], or, of samples that the collator packs into one row (`packs`), [1, samples]; with
-    these comes where the samples lie, [1, samples, positions] of `real_places`.
-    """
-
-    def __init__(self, collate: Callable[[list[Any]], Any], id_column: str, packs: bool):
-        self.collate = WithoutColumn(collate, id_column)
-        self.id_column = id_column
-        self.packs = packs
-
-    def __call__(self, items: list[Any]) -> Any:
-        pairs = identified(items, self.id_column)
-        ids = torch.tensor([pair.sample_id for pair in pairs], dtype=torch.int64)
-        rows = [pair.row for pair in pairs]
-        batch = self.collate(rows)
-        if self.packs:
-            batch[PLACES_KEY] = real_places(packed_lengths(rows, batch)).unsqueeze(0)
-            batch[BATCH_KEY] = ids.unsqueeze(0)
-            return batch
-        for name in ("input_ids", "labels"):
-            if name in batch and len(batch[name]) != len(rows):
-                raise ValueError(
-                    f"the data collator made {len(batch[name])} rows of {name} from {len(rows)} samples, which "
-                    "cannot be told apart any more: use one that keeps a row for each sample "
-                    "(DataCollatorForLanguageModeling(tokenizer, mlm=False)), or DataCollatorWithFlattening"
-                )
-        batch[BATCH_KEY] = ids
-        return batch
 
 
 def identified(items: list[Any], id_column: str) -> list[IdentifiedRow]:

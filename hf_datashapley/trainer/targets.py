@@ -7,7 +7,7 @@ from typing import Any
 
 from ..directions.validation import Collate, ValidationTarget
 from . import requirements
-from .samples import WithoutColumn
+from .batches import WithoutColumn
 
 
 def read_targets(

@@ -39,17 +39,17 @@ from ..directions.second_order import check_twice_differentiable
 from ..directions.validation import Batch, Validation
 from ..full_precision import HALF, in_full
 from ..ghost.capture import Capture, Kernel
-from ..ghost.packing import Packing
 from ..ledger import Ledger, load_audit, load_value_history, load_values
 from ..ledger.writer import refuse_existing
-from ..loss_tokens import IGNORED, count_loss_tokens, shifts_labels
+from ..loss_tokens import count_loss_tokens, shifts_labels
 from ..ranks import Ranks
 from . import requirements
+from .batches import IdentifyingCollator, take_units
 from .compiled import compiled_apart, is_compiling, traced_apart
 from .config import ShapleyConfig
 from .packed import check_samples_apart, packs_samples
 from .passes import MicroBatch
-from .samples import BATCH_KEY, PLACES_KEY, IdentifiedRows, IdentifyingCollator, is_stream, read_sample_ids
+from .samples import IdentifiedRows, is_stream, read_sample_ids
 from .targets import read_targets
 from .valuation import Valuation, momentum_of
 
@@ -344,22 +344,9 @@ class ShapleyTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        sample_ids = inputs.pop(BATCH_KEY, None)
-        if sample_ids is None:
-            raise ValueError(
-                "a batch came without its samples' ids: get_train_dataloader was overridden; give the rows as "
-                "train_dataset, and what makes batches of them as data_collator"
-            )
-        sample_ids = sample_ids.flatten()
-        places = inputs.pop(PLACES_KEY, None)
-        packing = None if places is None else Packing(places[0], inputs["input_ids"].shape[1])
-        if "labels" in inputs:
-            labels = inputs["labels"] if packing is None else packing.apart(inputs["labels"], padding=IGNORED)
-            tokens = count_loss_tokens(labels, shifts_labels(self.model))
-        else:
-            tokens = torch.ones_like(sample_ids)
+        batch = take_units(inputs, shifts_labels(self.model))
         assert self._valuation is not None
-        positions = max((x.shape[1] for x in inputs.values() if isinstance(x, Tensor) and x.ndim > 1), default=1)
+        positions = max((x.shape[:2].numel() for x in inputs.values() if isinstance(x, Tensor)), default=1)
         train = super().training_step
         accumulation_steps = self.current_gradient_accumulation_steps
 
@@ -374,14 +361,13 @@ class ShapleyTrainer(Trainer):
             return run(model.module if isinstance(model, DistributedDataParallel) else model)
 
         micro_batch = MicroBatch(
-            samples=len(sample_ids),
-            positions=positions if packing is None else packing.width,
+            units=batch.units,
+            positions=positions,
             micro_batches=accumulation_steps,
             run=run,
             run_again=run_again,
-            packing=packing,
         )
-        return self._valuation.micro_batch(self.state.global_step + 1, sample_ids, tokens, micro_batch)
+        return self._valuation.micro_batch(self.state.global_step + 1, batch.ids, batch.tokens, micro_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._valuation is not None:

@@ -81,7 +81,7 @@ class Valuation:
         # Not a callback: those of the user may still change the gradient, and a step may not come about.
         self._hook = optimizer.register_step_pre_hook(lambda *_: self.before_step())
 
-    def micro_batch(self, step: int, sample_ids: Tensor, tokens: Tensor, micro_batch: MicroBatch) -> Tensor:
+    def micro_batch(self, step: int, ids: dict[str, Tensor], tokens: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Runs a micro-batch of update number `step`, and gives its loss."""
         if self._update is None:
             self._step = step
@@ -90,7 +90,7 @@ class Valuation:
             self._update.loss_scale = self._loss_scale()
             self.scores.begin(self.model, self._update, step)
         loss = self.scores.micro_batch(self._update, micro_batch)
-        self._update.add(sample_ids, tokens, loss)
+        self._update.add(ids, tokens, loss)
         return loss
 
     def clipped(self, factor: Tensor) -> None:

@@ -1,9 +1,9 @@
 """The values of one update of the optimizer, gathered over its micro-batches.
 
 Everything stays on the device that trains: nothing here waits for a GPU. Of several ranks each gathers its own
-samples; what is said of the update as a whole is the same on all of them.
+units; what is said of the update as a whole is the same on all of them.
 
-Shapes: N samples of the update on this rank, B of a micro-batch, K targets.
+Shapes: N units (samples, documents) of the update on this rank, U of a micro-batch, K targets.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class UpdateValues:
 
     Attributes:
         step: number of the update, from 1.
-        sample_ids: int64 [N], as visited (a sample visited twice stands twice).
+        ids: by name, int64 [N], as visited (a sample visited twice stands twice).
         tokens: int64 [N], loss tokens.
         values: [N, K], nats of validation loss; all 0 where `skipped`.
         validation_losses: [K], before the update (order "path": mean along its path), on the rows that were used;
@@ -47,13 +47,13 @@ class UpdateValues:
         learning_rate: of the first parameter group.
         skipped: 0-dimensional bool; the optimizer made no step, or the loss or a value was not finite on any rank.
         finite: 0-dimensional bool; losses and, if a step was made, values were all finite.
-        totals: float64 [4, K], over the samples of all ranks: their number, sum of values, sum of squares, number of
+        totals: float64 [4, K], over the units of all ranks: their number, sum of values, sum of squares, number of
             negative values; all 0 where `skipped`.
         audit: of an audited update; it means nothing where `skipped`.
     """
 
     step: int
-    sample_ids: Tensor
+    ids: dict[str, Tensor]
     tokens: Tensor
     values: Tensor
     validation_losses: Tensor
@@ -68,8 +68,8 @@ class UpdateValues:
 class Update:
     """An update in the making: micro-batches and scores are added, then `finish` makes values of them.
 
-    Scores, <what a backward pass gives as the sample's gradient, u>, are [B, K] for each micro-batch, in order; an
-    update that ends without them has value 0. The sample's share of the unclipped gradient is one rank's part of that
+    Scores, <what a backward pass gives as the unit's gradient, u>, are [U, K] for each micro-batch, in order; an
+    update that ends without them has value 0. The unit's share of the unclipped gradient is one rank's part of that
     (ranks average their gradients), without the scale of the loss.
     """
 
@@ -81,25 +81,21 @@ class Update:
         self.clip: Tensor | None = None
         # What the loss is multiplied by before its backward passes (float16), and so the scores are.
         self.loss_scale: Tensor | None = None
-        # Nats that a sample gets for each of its loss tokens, [K] (order "path", smoothed slope).
+        # Nats that a unit gets for each of its loss tokens, [K] (order "path", smoothed slope).
         self.shared: Tensor | None = None
-        self._sample_ids: list[Tensor] = []
+        self._ids: list[dict[str, Tensor]] = []
         self._tokens: list[Tensor] = []
         self._losses: list[Tensor] = []
         self.scores: list[Tensor] = []
 
-    def add(self, sample_ids: Tensor, tokens: Tensor, loss: Tensor) -> None:
-        """A micro-batch: int64 [B], int64 [B], its training loss."""
-        self._sample_ids.append(sample_ids)
+    def add(self, ids: dict[str, Tensor], tokens: Tensor, loss: Tensor) -> None:
+        """A micro-batch: ids by name, int64 [U], int64 [U], its training loss."""
+        self._ids.append(ids)
         self._tokens.append(tokens)
         self._losses.append(in_full(loss.detach()))
 
-    @property
-    def num_samples(self) -> int:
-        return sum(len(ids) for ids in self._sample_ids)
-
     def players_and_tokens(self) -> tuple[Tensor, Tensor]:
-        """Samples that have a loss token, and loss tokens, on all ranks; 0-dimensional."""
+        """Units that have a loss token, and loss tokens, on all ranks; 0-dimensional."""
         tokens = torch.cat(self._tokens)
         counts = torch.stack([tokens.gt(0).sum(), tokens.sum()])
         self.ranks.sum_([counts])
@@ -108,7 +104,7 @@ class Update:
 
     @property
     def factor(self) -> float | Tensor:
-        """What makes c g_i of a gradient that a backward pass gives for sample i."""
+        """What makes c g_i of a gradient that a backward pass gives for unit i."""
         factor: float | Tensor = 1 / self.ranks.count
         if self.clip is not None:
             factor = factor * self.clip
@@ -117,11 +113,11 @@ class Update:
     def own_values(self) -> Tensor:
         """<c g_i, u>, [N, K]."""
         if not self.scores:
-            return self._losses[0].new_zeros(self.num_samples, self.targets)
+            return self._losses[0].new_zeros(sum(map(len, self._tokens)), self.targets)
         return torch.cat(self.scores) * self.factor
 
     def values(self) -> Tensor:
-        """With what the samples share, [N, K]."""
+        """With what the units share, [N, K]."""
         values = self.own_values()
         if self.shared is not None:
             tokens = torch.cat(self._tokens).to(values.dtype)
@@ -129,7 +125,7 @@ class Update:
         return values
 
     def sum_of(self, values: Tensor) -> Tensor:
-        """The sum over the samples of all ranks, [K]."""
+        """The sum over the units of all ranks, [K]."""
         total = values.sum(0)
         self.ranks.sum_([total])
         return total
@@ -151,7 +147,7 @@ class Update:
         skipped = ~finite | optimizer_skipped
         return UpdateValues(
             step=step,
-            sample_ids=torch.cat(self._sample_ids),
+            ids={name: torch.cat([ids[name] for ids in self._ids]) for name in self._ids[0]},
             tokens=torch.cat(self._tokens),
             values=values.masked_fill(skipped, 0.0),
             validation_losses=values.new_full((self.targets,), torch.nan) if losses is None else losses,
