@@ -94,7 +94,7 @@ def test_round_trip(tmp_path):
 
 
 def test_two_visits_in_one_update_are_one_row(tmp_path):
-    ledger = Ledger(tmp_path, [""], {})
+    ledger = Ledger(tmp_path, [""], {"unit": "sample"})
     ledger.append(update(1, [4, 4, 2], [[1.0], [2.0], [8.0]]))
     ledger.close()
     history = load_value_history(tmp_path)
@@ -109,7 +109,7 @@ def test_two_visits_in_one_update_are_one_row(tmp_path):
 
 def test_parts_are_cut_between_updates(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "ROWS_PER_PART", 4)
-    ledger = Ledger(tmp_path, [""], {})
+    ledger = Ledger(tmp_path, [""], {"unit": "sample"})
     for step in range(1, 6):
         ledger.append(update(step, [1, 2, 3], [[1.0]] * 3))
     ledger.close()
@@ -120,7 +120,7 @@ def test_parts_are_cut_between_updates(tmp_path, monkeypatch):
 
 
 def test_a_failed_write_is_raised_and_leaves_no_half_part(tmp_path, monkeypatch):
-    ledger = Ledger(tmp_path, [""], {})
+    ledger = Ledger(tmp_path, [""], {"unit": "sample"})
     ledger.append(update(1, [1], [[1.0]]))
     ledger.flush()
 
@@ -302,7 +302,7 @@ def test_parts_that_lie_twice_are_named(tmp_path):
 def test_what_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
     """At the next update, and once; what was complete stays so, and nothing half-written is left."""
     monkeypatch.setattr(writer, "ROWS_PER_PART", 2)
-    ledger = Ledger(tmp_path, [""], {})
+    ledger = Ledger(tmp_path, [""], {"unit": "sample"})
     for step in (1, 2):
         ledger.append(update(step, [step], [[1.0]]))
     ledger.flush()

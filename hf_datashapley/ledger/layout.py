@@ -1,7 +1,7 @@
 """What a ledger looks like on disk, shared by writer and reader.
 
     ledger.json         the manifest: format, targets, unit, settings of the run
-    values-*.parquet    step, sample_id, tokens, one float32 column for each target; of a rank's own samples
+    values-*.parquet    step, the keys of a unit, tokens, one float32 column for each target; of a rank's own samples
     updates-*.parquet   step, skipped, clip, learning_rate, validation loss for each target; by the first rank
     audit-*.parquet     step, target, samples, carried, predicted, actual; by the first rank, where asked for
 
@@ -25,6 +25,13 @@ import pyarrow as pa
 KINDS = ("values", "updates", "audit")
 MANIFEST = "ledger.json"
 FORMAT = 1
+UNITS = ("sample", "document", "token")
+KEY_TYPES = {"sample_id": pa.int64(), "document_id": pa.int64(), "position": pa.int32()}
+
+
+def unit_keys(unit: str) -> list[str]:
+    """The columns that tell one unit's rows from another's: of its own level, and those of the coarser ones."""
+    return list(KEY_TYPES)[: UNITS.index(unit) + 1]
 
 
 def value_columns(targets: list[str]) -> list[str]:
@@ -35,9 +42,11 @@ def loss_columns(targets: list[str]) -> list[str]:
     return [f"validation_loss_{target}" if target else "validation_loss" for target in targets]
 
 
-def values_schema(targets: list[str]) -> pa.Schema:
-    ids = [("step", pa.int32()), ("sample_id", pa.int64()), ("tokens", pa.int32())]
-    return pa.schema(ids + [(column, pa.float32()) for column in value_columns(targets)])
+def values_schema(targets: list[str], unit: str) -> pa.Schema:
+    """With unit "token", the sum over a piece of a document whose tokens have no rows of their own has position -1."""
+    keys = [(key, KEY_TYPES[key]) for key in unit_keys(unit)]
+    floats = [(column, pa.float32()) for column in value_columns(targets)]
+    return pa.schema([("step", pa.int32()), *keys, ("tokens", pa.int32()), *floats])
 
 
 def updates_schema(targets: list[str]) -> pa.Schema:

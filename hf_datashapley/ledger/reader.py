@@ -68,8 +68,10 @@ def load_audit(value_dir: str | Path) -> Dataset:
 
 
 def _summed(directory: Path, keys: list[str]) -> Dataset:
-    columns = value_columns(read_manifest(directory)["targets"] or [""])
-    table = _table(directory, "values", values_schema(read_manifest(directory)["targets"] or [""]))
+    manifest = read_manifest(directory)
+    targets = manifest["targets"] or [""]
+    columns = value_columns(targets)
+    table = _table(directory, "values", values_schema(targets, manifest["unit"]))
     # One thread: the order of summation, and so the last bit, stays the same from reading to reading.
     grouped = table.group_by(keys, use_threads=False).aggregate(
         [([], "count_all"), ("tokens", "sum"), *[(column, "sum") for column in columns]]

@@ -57,7 +57,7 @@ class Ledger:
     Args:
         directory: where it lies; made when it is missing.
         targets: names of the validation targets, [""] for one without a name.
-        settings: what the manifest says of the run, as JSON.
+        settings: what the manifest says of the run, as JSON; with its "unit".
         after: the update that the run goes on after; 0: it begins.
         ranks: the processes that write it; all of them make it, together.
 
@@ -76,6 +76,7 @@ class Ledger:
     ):
         self.directory = Path(directory)
         self.targets = targets
+        self.unit = settings["unit"]
         self.ranks = ranks
         self.after = after
         described = {"targets": [target for target in targets if target], **settings}
@@ -130,7 +131,7 @@ class Ledger:
             "tokens": torch.cat([update.tokens for update in updates]).cpu().numpy().astype(np.int32),
         }
         columns |= {name: values[:, k] for k, name in enumerate(value_columns(self.targets))}
-        self._rows.append(pa.table(columns, schema=values_schema(self.targets)))
+        self._rows.append(pa.table(columns, schema=values_schema(self.targets, self.unit)))
         self._updates.append(self._table_of_updates(updates, steps))
         self._audits.append(self._table_of_audits(updates))
 
