@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, PrinterCallback
 
 from hf_datashapley import ShapleyConfig, ShapleyTrainer, load_audit, load_updates, load_value_history
-from hf_datashapley.trainer.trainer import last_checkpoint
+from hf_datashapley.trainer.checkpoints import last_checkpoint
 
 
 # Attempts within which a run gets through, if it gets anywhere at all.

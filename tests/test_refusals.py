@@ -11,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_datashapley import ShapleyConfig, ShapleyTrainer, load_updates
 from hf_datashapley.ghost.capture import Capture
+from hf_datashapley.ghost.units import Rows
 
 
 def trainer(tmp_path, *, model=None, rows=8, validation="rows", collator=collate, optimizers=(None, None), **settings):
@@ -254,7 +255,7 @@ def test_positions_without_a_batch_dimension(tmp_path):
     model = Positions()
     capture = Capture(model)
     directions = {name: torch.ones(1, *p.shape) for name, p in capture.parameters.items()}
-    with capture.attached(), capture.scoring(directions, 3):
+    with capture.attached(), capture.scoring(directions, Rows(3)):
         with pytest.raises(ValueError, match="table: its input has no batch dimension.*value_modules"):
             model(torch.randn(3, 3, 4))
 

@@ -26,18 +26,14 @@ from typing import Any, cast
 import datasets
 import numpy as np
 import torch
-import transformers
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .. import __version__
 from ..directions.second_order import check_twice_differentiable
 from ..directions.validation import Batch, Validation
-from ..full_precision import HALF, in_full
+from ..full_precision import in_full
 from ..ghost.capture import Capture, Kernel
 from ..ledger import Ledger, load_audit, load_value_history, load_values
 from ..ledger.writer import refuse_existing
@@ -45,13 +41,16 @@ from ..loss_tokens import count_loss_tokens, shifts_labels
 from ..ranks import Ranks
 from . import requirements
 from .batches import IdentifyingCollator, take_units
+from .checkpoints import chosen_checkpoint, last_checkpoint, updates_of
 from .compiled import compiled_apart, is_compiling, traced_apart
 from .config import ShapleyConfig
+from .description import describe
 from .packed import check_samples_apart, packs_samples
 from .passes import MicroBatch
+from .precision import Precision
 from .samples import IdentifiedRows, is_stream, read_sample_ids
 from .targets import read_targets
-from .valuation import Valuation, momentum_of
+from .valuation import Valuation
 
 
 class ShapleyTrainer(Trainer):
@@ -181,9 +180,7 @@ class ShapleyTrainer(Trainer):
             optimizer,
             self._ledger,
             self._ranks,
-            half_precision=self._half_precision,
-            half_weights=self._half_weights,
-            loss_scale=self._loss_scale,
+            self._precision(),
             compiled=is_compiling(self.accelerator),
         )
         if self._checkpoint is not None:
@@ -201,18 +198,8 @@ class ShapleyTrainer(Trainer):
 
     # Parts
 
-    @property
-    def _half_weights(self) -> bool:
-        return any(parameter.dtype in HALF for parameter in self._capture.parameters.values())
-
-    @property
-    def _half_precision(self) -> bool:
-        return self._half_weights or self.accelerator.mixed_precision != "no"
-
-    def _loss_scale(self) -> Tensor | None:
-        """What fp16 multiplies the loss by before its backward pass, 0-dimensional; without waiting for the device."""
-        scaler = self.accelerator.scaler
-        return None if scaler is None else scaler.scale(torch.ones((), device=self.accelerator.device))
+    def _precision(self) -> Precision:
+        return Precision(self.accelerator, self._capture.parameters.values())
 
     @property
     def _shows_progress(self) -> bool:
@@ -230,11 +217,12 @@ class ShapleyTrainer(Trainer):
 
     def _make_validation(self) -> Validation:
         trainer = weakref.proxy(self)  # as in `UpdateBoundaries`
+        precision = self._precision()
         rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         size = self.args.validation_batch_size or max(1, rows // 16)
 
         def loss_scale() -> Tensor | None:
-            scale = trainer._loss_scale()
+            scale = precision.loss_scale()
             # The scaler goes to the limit of training's gradients. With fewer rows a token weighs more in the mean;
             # and some tokens' gradients are larger than others.
             return None if scale is None else scale * (min(1.0, size / rows) / 4)
@@ -268,47 +256,6 @@ class ShapleyTrainer(Trainer):
         finally:
             self.label_smoother = smoother
 
-    def _checkpoint_of(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        if not resume_from_checkpoint:
-            return None
-        if isinstance(resume_from_checkpoint, str):
-            return resume_from_checkpoint
-        found = last_checkpoint(self.args.output_dir)
-        if found is None:
-            raise ValueError(
-                f"resume_from_checkpoint=True, but output_dir {self.args.output_dir} holds no checkpoint: name one, "
-                "or start without it"
-            )
-        return found
-
-    def _make_ledger(self, after: int) -> Ledger:
-        args, follows_path = self.args, self.args.value_order == "path"
-        settings = {
-            "unit": args.value_unit,
-            "settings": {
-                "model": type(self.model).__name__,
-                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-                "scored_parameters": sum(parameter.numel() for parameter in self._capture.parameters.values()),
-                "value_order": args.value_order,
-                "value_optimizer": args.value_optimizer,
-                "value_momentum": momentum_of(args),
-                **({"path_nodes": args.path_nodes, "path_slope": args.path_slope} if follows_path else {}),
-                "value_modules": args.value_modules,
-                "value_kernel": args.value_kernel,
-                "validation_rows": {
-                    target.name or "validation": min(self._validation.size, len(target.usable))
-                    for target in self._targets
-                },
-                "validation_interval": args.validation_interval,
-                "audit_steps": args.audit_steps,
-                "seed": args.seed,
-                "hf_datashapley": __version__,
-                "transformers": transformers.__version__,
-                "torch": torch.__version__,
-            },
-        }
-        return Ledger(self.value_dir, [target.name for target in self._targets], settings, after, self._ranks)
-
     def _flush(self) -> None:
         if self._ledger is not None:
             self._ledger.flush()
@@ -327,12 +274,15 @@ class ShapleyTrainer(Trainer):
             ValueError: `value_dir` holds the ledger of an earlier run; or, resuming, it does not hold this run's, or
                 not all updates up to the checkpoint.
         """
-        self._checkpoint = self._checkpoint_of(resume_from_checkpoint)
-        after = 0
-        if self._checkpoint is not None:
-            after = TrainerState.load_from_json(os.path.join(self._checkpoint, TRAINER_STATE_NAME)).global_step
+        self._checkpoint = chosen_checkpoint(resume_from_checkpoint, self.args.output_dir)
         self._ranks.wait()  # until all have looked for a ledger that is in the way
-        self._ledger = self._make_ledger(after)
+        self._ledger = Ledger(
+            self.value_dir,
+            [target.name for target in self._targets],
+            describe(self.args, self.model, self._capture, self._validation),
+            after=0 if self._checkpoint is None else updates_of(self._checkpoint),
+            ranks=self._ranks,
+        )
         try:
             result = super().train(self._checkpoint, trial, ignore_keys_for_eval)
         finally:
@@ -440,21 +390,6 @@ class ShapleyTrainer(Trainer):
         super()._save_rng_state(output_dir)
         # The state file, which Trainer writes next, makes the checkpoint complete: ledger and files of all ranks too.
         self._ranks.wait()
-
-
-def last_checkpoint(output_dir: str) -> str | None:
-    """The newest one that is complete: a run may be killed in the midst of writing a checkpoint.
-
-    `Trainer` takes the newest folder; it writes the folder's state file last.
-    """
-    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name[11:].isdecimal()]
-    for folder in sorted(folders, key=lambda path: int(path.name[11:]), reverse=True):
-        try:
-            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        except (OSError, ValueError):
-            continue
-        return str(folder)
-    return None
 
 
 class UpdateBoundaries(TrainerCallback):

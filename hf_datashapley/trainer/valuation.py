@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, cast
 
@@ -29,6 +28,7 @@ from ..values.statistics import LogStatistics
 from ..values.update import Update, UpdateAudit
 from .config import ShapleyConfig
 from .passes import MicroBatch, OnePass, Pass, SecondPass, TwoPass
+from .precision import Precision
 
 
 STATE = "shapley.safetensors"
@@ -37,11 +37,7 @@ STATE = "shapley.safetensors"
 class Valuation:
     """Values the updates of one run, which `optimizer` makes of `model`, into `ledger`.
 
-    `half_precision`: whether products are made in half precision, by autocast or because weights are in it
-    (`half_weights`).
-    `loss_scale()`: what the loss is multiplied by before it is differentiated, 0-dimensional, the same throughout an
-    update and less after one that overflowed; None: it never is. `compiled`: whether what trains is compiled;
-    `uncompiled` is the model all the same, for losses in full precision.
+    `compiled`: whether what trains is compiled; `uncompiled` is the model all the same, for losses in full precision.
     """
 
     def __init__(
@@ -54,9 +50,7 @@ class Valuation:
         optimizer: Optimizer,
         ledger: Ledger,
         ranks: Ranks,
-        half_precision: bool,
-        half_weights: bool,
-        loss_scale: Callable[[], Tensor | None],
+        precision: Precision,
         compiled: bool,
     ):
         self.model = model
@@ -66,12 +60,12 @@ class Valuation:
         self.ledger = ledger
         self.ranks = ranks
         self.audit_steps = args.audit_steps
-        self.tolerance = HALF_TOLERANCE if half_precision else TOLERANCE
+        self.tolerance = HALF_TOLERANCE if precision.half_products else TOLERANCE
         self.momentum = momentum_of(args)
         self.rule = UpdateRule(optimizer, cast(Literal["auto", "sgd"], args.value_optimizer))
-        self.scores: Pass = make_pass(args, capture, validation, optimizer, self.rule, half_weights, compiled)
+        self.scores: Pass = make_pass(args, capture, validation, optimizer, self.rule, precision, compiled)
         self.statistics = LogStatistics([target.name for target in validation.targets])
-        self._loss_scale = loss_scale
+        self._precision = precision
         self._optimizer = optimizer
         self._step = 0
         self._update: Update | None = None
@@ -87,7 +81,7 @@ class Valuation:
             self._step = step
             learning_rate = float(self._optimizer.param_groups[0]["lr"])
             self._update = Update(len(self.validation.targets), learning_rate, self.ranks)
-            self._update.loss_scale = self._loss_scale()
+            self._update.loss_scale = self._precision.loss_scale()
             self.scores.begin(self.model, self._update, step)
         loss = self.scores.micro_batch(self._update, micro_batch)
         self._update.add(ids, tokens, loss)
@@ -126,7 +120,7 @@ class Valuation:
             samples, before, carried = self._audit
             audit = UpdateAudit(samples, before - carried, before - self._losses())
         skipped: bool | Tensor = optimizer_skipped
-        scale, scale_before = self._loss_scale(), self._update.loss_scale
+        scale, scale_before = self._precision.loss_scale(), self._update.loss_scale
         if scale is not None and scale_before is not None:
             # A fused optimizer is called on an overflow too, and makes no step: accelerate takes it for one.
             skipped = (scale < scale_before) | optimizer_skipped
@@ -175,7 +169,7 @@ def make_pass(
     validation: Validation,
     optimizer: Optimizer,
     rule: UpdateRule,
-    half_weights: bool,
+    precision: Precision,
     compiled: bool,
 ) -> Pass:
     scored, momentum = capture.parameters, momentum_of(args)
@@ -185,7 +179,7 @@ def make_pass(
     if args.value_order == "second":
         order = SecondOrder(rule, scored, momentum)
     elif args.path_slope == "owen" and not rule.is_linear:
-        order = OwenOrder(rule, scored, args.path_nodes, closes_gap=not half_weights)
+        order = OwenOrder(rule, scored, args.path_nodes, closes_gap=not precision.half_weights)
     else:
         order = PathOrder(rule, scored, args.path_nodes, momentum)
     return TwoPass(capture, validation, order, "replay" if compiled else cast(SecondPass, args.second_pass))

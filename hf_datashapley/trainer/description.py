@@ -1,0 +1,43 @@
+"""What a ledger's manifest says of the run that writes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from .. import __version__
+from ..directions.validation import Validation
+from ..ghost.capture import Capture
+from .config import ShapleyConfig
+from .valuation import momentum_of
+
+
+def describe(args: ShapleyConfig, model: nn.Module, capture: Capture, validation: Validation) -> dict[str, Any]:
+    """As JSON. A run that goes on has to have the same, but for the versions."""
+    follows_path = args.value_order == "path"
+    return {
+        "unit": args.value_unit,
+        "settings": {
+            "model": type(model).__name__,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "scored_parameters": sum(parameter.numel() for parameter in capture.parameters.values()),
+            "value_order": args.value_order,
+            "value_optimizer": args.value_optimizer,
+            "value_momentum": momentum_of(args),
+            **({"path_nodes": args.path_nodes, "path_slope": args.path_slope} if follows_path else {}),
+            "value_modules": args.value_modules,
+            "value_kernel": args.value_kernel,
+            "validation_rows": {
+                target.name or "validation": min(validation.size, len(target.usable)) for target in validation.targets
+            },
+            "validation_interval": args.validation_interval,
+            "audit_steps": args.audit_steps,
+            "seed": args.seed,
+            "hf_datashapley": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
+    }
