@@ -306,12 +306,13 @@ def assert_history(
     trainer: Recorder,
     replay: Replay,
     tolerance: float,
-    row_of_id: Mapping[int, int] | None = None,
+    row_of_id: Mapping[Any, int] | None = None,
     steps: Collection[int] | None = None,
+    keys: Sequence[str] = ("sample_id",),
 ):
     """Every update of the run: the same samples, tokens and values as the oracle's. Returns the worst error seen.
 
-    row_of_id: row index of each sample id; None: the ids are the row indices.
+    row_of_id: row index of each sample id, or of its values of several `keys`; None: the ids are the row indices.
     steps: the updates that are compared; None: all.
     """
     history = history_of(trainer)
@@ -321,7 +322,8 @@ def assert_history(
         if steps is not None and step not in steps:
             continue
         truth = replay.truth(trainer.updates, step, trainer.validation_rows(step))
-        indices = [row["sample_id"] if row_of_id is None else row_of_id[row["sample_id"]] for row in rows]
+        ids = [row[keys[0]] if len(keys) == 1 else tuple(row[key] for key in keys) for row in rows]
+        indices: list[Any] = ids if row_of_id is None else [row_of_id[one] for one in ids]
         assert sorted(indices) == sorted(truth.tokens), f"update {step} scored other samples than it trained on"
         assert [row["tokens"] for row in rows] == [truth.tokens[index] for index in indices]
         for target, values in truth.values.items():

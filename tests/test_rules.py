@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from hf_datashapley.ghost.capture import Capture
-from hf_datashapley.ghost.units import Rows
+from hf_datashapley.ghost.units import Rows, Runs
 
 
 KERNELS = ("fused", "project")
@@ -83,6 +83,37 @@ def freeze(layer, frozen):
     """Freezes "weight" or "bias" where the layer has it, unless that would leave nothing to train."""
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(name != frozen)
+
+
+@drawn
+@given(st.integers(1, 3), st.lists(sizes, min_size=1, max_size=4), kernels, targets, st.booleans(), seeds)
+def test_runs_that_share_rows(rows, lengths, kernel, target_count, ragged_rows, seed):
+    """Each run's score is that of its own positions' loss, wherever it lies in its row, also where one holds none."""
+    lengths = lengths if ragged_rows else [0, *lengths]
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3), nn.LayerNorm(3), LlamaRMSNorm(3), Conv1D(2, 3))
+    generator = draw_weights(model, seed)
+    ids = torch.randint(7, (rows, sum(lengths)), generator=generator)
+    parameters = trainable(model)
+    directions = {name: draw(generator, target_count, *p.shape) for name, p in parameters.items()}
+    cotangent = draw(generator, rows, sum(lengths), 2)
+    position_losses = (torch.tanh(model(ids)) * cotangent).sum(-1).flatten()
+    losses = torch.stack([run.sum() for run in position_losses.split(lengths * rows)])
+    truth = torch.tensor(
+        [
+            [inner(sample, {n: u[k] for n, u in directions.items()}, parameters) for k in range(target_count)]
+            for sample in per_sample_gradients(losses, parameters)
+        ],
+        dtype=torch.float64,
+    )
+    capture = Capture(model, kernel=kernel)
+    units = Runs(lengths * rows, rows)
+    with capture.attached():
+        with capture.scoring(directions, units) as tap:
+            (torch.tanh(model(ids)) * cotangent).sum().backward()
+        torch.testing.assert_close(tap.grad, truth, rtol=1e-9, atol=1e-9)
+        with capture.keeping(units) as kept:
+            (torch.tanh(model(ids)) * cotangent).sum().backward()
+        torch.testing.assert_close(kept.scores(directions), truth, rtol=1e-9, atol=1e-9)
 
 
 frozen_parts = st.sampled_from([None, "weight", "bias"])

@@ -11,7 +11,15 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 from transformers.utils import logging
 
-from .layout import audit_schema, complete_parts, read_manifest, updates_schema, value_columns, values_schema
+from .layout import (
+    audit_schema,
+    complete_parts,
+    read_manifest,
+    unit_keys,
+    updates_schema,
+    value_columns,
+    values_schema,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -27,7 +35,7 @@ def load_values(value_dir: str | Path) -> Dataset:
     Raises:
         FileNotFoundError: the directory holds no ledger.
     """
-    return _summed(Path(value_dir), ["sample_id"])
+    return _summed(Path(value_dir), [])
 
 
 def load_value_history(value_dir: str | Path) -> Dataset:
@@ -35,7 +43,7 @@ def load_value_history(value_dir: str | Path) -> Dataset:
 
     A sample that an update visited twice has one row with `updates` 2.
     """
-    return _summed(Path(value_dir), ["step", "sample_id"])
+    return _summed(Path(value_dir), ["step"])
 
 
 def load_updates(value_dir: str | Path) -> Dataset:
@@ -67,8 +75,9 @@ def load_audit(value_dir: str | Path) -> Dataset:
     return _as_dataset(_table(directory, "audit", audit_schema()).sort_by("step"))
 
 
-def _summed(directory: Path, keys: list[str]) -> Dataset:
+def _summed(directory: Path, before: list[str]) -> Dataset:
     manifest = read_manifest(directory)
+    keys = [*before, *unit_keys(manifest["unit"])]
     targets = manifest["targets"] or [""]
     columns = value_columns(targets)
     table = _table(directory, "values", values_schema(targets, manifest["unit"]))
@@ -81,7 +90,7 @@ def _summed(directory: Path, keys: list[str]) -> Dataset:
     result["updates"] = grouped["count_all"].cast(pa.int32())
     result["tokens"] = grouped["tokens_sum"].cast(pa.int64())
     result |= {column: grouped[f"{column}_sum"].cast(pa.float64()) for column in columns}
-    order = ["sample_id", "updates", "tokens", *columns, *[key for key in keys if key != "sample_id"]]
+    order = [*unit_keys(manifest["unit"]), "updates", "tokens", *columns, *before]
     return _as_dataset(pa.table({name: result[name] for name in order}))
 
 

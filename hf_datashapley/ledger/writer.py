@@ -35,6 +35,7 @@ from .layout import (
     loss_columns,
     parts,
     read_manifest,
+    unit_keys,
     updates_schema,
     value_columns,
     values_schema,
@@ -125,9 +126,10 @@ class Ledger:
         steps = np.array([update.step for update in updates], np.int32)
         sizes = [len(update.tokens) for update in updates]
         values = torch.cat([update.values for update in updates]).float().cpu().numpy()
+        keys = unit_keys(self.unit)
         columns = {
             "step": np.repeat(steps, sizes),
-            "sample_id": torch.cat([update.ids["sample_id"] for update in updates]).cpu().numpy(),
+            **{key: torch.cat([update.ids[key] for update in updates]).cpu().numpy() for key in keys},
             "tokens": torch.cat([update.tokens for update in updates]).cpu().numpy().astype(np.int32),
         }
         columns |= {name: values[:, k] for k, name in enumerate(value_columns(self.targets))}

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 CHOICES = {
     "value_order": ("first", "second", "path"),
-    "value_unit": ("sample",),
+    "value_unit": ("sample", "document"),
     "value_optimizer": ("auto", "sgd"),
     "value_momentum": (None, "unrolled", "immediate"),
     "value_kernel": ("auto", "fused", "project"),
@@ -29,7 +29,8 @@ class ShapleyConfig(TrainingArguments):
             optimizer's step (arXiv 2406.11011, Theorem 3): cheapest, orders samples well, does not add up. "second",
             with the exact gradient-Hessian-gradient products of the step (Theorem 4). "path", the validation gradient
             averaged along the step, whose values add up to what the samples did to the loss at any learning rate.
-        value_unit: "sample", a row of `train_dataset`.
+        value_unit: what gets a value: "sample", a row of `train_dataset`; "document", what a document has in one row
+            (`document_id_column`), where documents that share a row attend to themselves only.
         value_optimizer: "auto", the optimizer that runs (SGD, Adam, AdamW); "sgd", the paper's proxy: values as if
             plain SGD with the same learning rates had trained.
         value_momentum: "unrolled", a gradient counts with the weight it will have had once momentum has played out;
@@ -59,13 +60,18 @@ class ShapleyConfig(TrainingArguments):
         sample_id_column: int64 column with the samples' ids; a dataset without it is numbered by row. A stream must
             have it: integers from 0 on, each row's own, made where the rows are made. Rows of a stream that have the
             same id get one value.
+        document_id_column: for unit "document", a column with the document of each token of a row: integers from 0
+            on, -1 for padding. `pack_documents` makes it.
 
     Raises:
         ValueError: a setting has a value that is not offered.
     """
 
     value_order: str = field(default="first", metadata={"help": "Order of the values: 'first', 'second' or 'path'."})
-    value_unit: str = field(default="sample", metadata={"help": "What gets a value: 'sample', a row."})
+    value_unit: str = field(
+        default="sample",
+        metadata={"help": "What gets a value: 'sample', a row; 'document', a document's part of a row."},
+    )
     value_optimizer: str = field(
         default="auto",
         metadata={
@@ -118,6 +124,10 @@ class ShapleyConfig(TrainingArguments):
             "help": "Integer column with the samples' ids; without it, rows are numbered, which those of a stream "
             "cannot be."
         },
+    )
+    document_id_column: str = field(
+        default="document_id",
+        metadata={"help": "Column with the document of each token of a row, for unit 'document'."},
     )
 
     def __post_init__(self) -> None:

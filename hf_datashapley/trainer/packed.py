@@ -1,4 +1,4 @@
-"""Samples that a collator packs into one row: which tokens are whose, and whether they leave each other alone.
+"""Samples or documents that share a row: which tokens are whose, and whether they leave each other alone.
 
 `DataCollatorWithFlattening` joins the samples of a micro-batch to one row and restarts `position_ids` at each. A
 sample has a value of its own only where no other sample's tokens enter its loss. Models of transformers see to that by
@@ -21,6 +21,7 @@ from ..loss_tokens import IGNORED
 from ..random_state import RandomState, random_state_kept
 
 
+KEPT_APART = "set use_cache=False and load the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
 CURE = "or use one that keeps a row for each sample (DataCollatorForLanguageModeling(tokenizer, mlm=False))"
 
 
@@ -58,32 +59,64 @@ def check_samples_apart(
 ) -> None:
     """Packs a row twice, and sees whether other tokens in the first sample move the loss of the second.
 
-    Four forward passes. No global random state is drawn from, and every module's train or eval flag is as it was.
-
     Raises:
         ValueError: they do.
     """
     batch = dict(collate([row, row]))
     length, _ = packed_lengths([row, row], batch)
-    batch["labels"] = batch["labels"].clone()
-    batch["labels"][:, :length] = IGNORED
-    changed = batch["input_ids"].clone()
+    if not first_leaves_second_alone(model, loss, batch, length):
+        raise ValueError(
+            "the samples of a packed row attend to each other: other tokens in one moved the loss of the next, so "
+            "they have no values of their own. With DataCollatorWithFlattening leave return_position_ids=True, add no "
+            f"attention_mask, {KEPT_APART}, {CURE}"
+        )
+
+
+def check_documents_apart(
+    model: PreTrainedModel, loss: Callable[[nn.Module, Batch], Tensor], collate: Collate, row: Any
+) -> None:
+    """The same of two documents in a row, whose positions begin again at the second.
+
+    Raises:
+        ValueError: the model lets the second attend to the first.
+    """
+    alone = collate([row])
+    length = alone["input_ids"].shape[1]
+    batch = {
+        "input_ids": torch.as_tensor(alone["input_ids"]).repeat(1, 2),
+        "labels": torch.as_tensor(alone["labels"]).repeat(1, 2),
+        "position_ids": torch.arange(length).repeat(1, 2),
+    }
+    batch["labels"][:, length] = IGNORED
+    if not first_leaves_second_alone(model, loss, batch, length):
+        raise ValueError(
+            "value_unit='document': documents that share a row attend to each other in this model although "
+            f"position_ids begin again at each, so they have no values of their own: {KEPT_APART}, or set "
+            "value_kernel='jvp', which tells them apart all the same"
+        )
+
+
+def first_leaves_second_alone(
+    model: PreTrainedModel, loss: Callable[[nn.Module, Batch], Tensor], batch: dict[str, Any], length: int
+) -> bool:
+    """Whether other tokens at the first `length` positions leave the loss of the others as it is, to the bit.
+
+    Four forward passes. No global random state is drawn from, and every module's train or eval flag is as it was.
+    """
+    labels, changed = batch["labels"].clone(), batch["input_ids"].clone()
+    labels[:, :length] = IGNORED
     changed[:, :length] = (changed[:, :length] + 1) % model.get_input_embeddings().num_embeddings
     with random_state_kept(), train_flags_kept(model), torch.no_grad():
         state = RandomState()
         for training in (True, False):
             model.train(training)
             losses = []
-            for inputs in (batch, {**batch, "input_ids": changed}):
+            for tokens in (batch["input_ids"], changed):
                 state.restore()  # the same dropout
-                losses.append(loss(model, inputs))
+                losses.append(loss(model, {**batch, "labels": labels, "input_ids": tokens}))
             if not torch.equal(*losses):
-                raise ValueError(
-                    "the samples of a packed row attend to each other: other tokens in one moved the loss of the "
-                    "next, so they have no values of their own. With DataCollatorWithFlattening leave "
-                    "return_position_ids=True, add no attention_mask, set use_cache=False and load the model with "
-                    f"attn_implementation='sdpa', 'eager' or 'flash_attention_2', {CURE}"
-                )
+                return False
+    return True
 
 
 @contextmanager

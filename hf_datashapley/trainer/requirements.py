@@ -120,6 +120,10 @@ def check_compilation(args: ShapleyConfig, accelerator: Accelerator, collator: A
                 packs_samples(collator),
                 "use a collator that keeps a row for each sample, or set torch_compile=False",
             ),
+            "torch_compile with value_unit='document'": (
+                args.value_unit == "document",
+                "set value_unit='sample', or torch_compile=False",
+            ),
             "torch_compile by regions": (
                 plugin.use_regional_compilation,
                 "launch with --dynamo_use_regional_compilation false",
@@ -162,14 +166,19 @@ def check_model(model: nn.Module, mixed_precision: str) -> None:
         )
 
 
-def check_loading(accelerator: Accelerator, collator: Any, dataset: Any) -> None:
+def check_loading(accelerator: Accelerator, collator: Any, dataset: Any, args: ShapleyConfig) -> None:
     """What of the loader's settings goes together."""
     dispatches = accelerator.dispatch_batches or (accelerator.dispatch_batches is None and is_stream(dataset))
-    if packs_samples(collator) and dispatches and accelerator.num_processes > 1:
-        raise ValueError(
-            "ShapleyTrainer does not support DataCollatorWithFlattening with batches that one process hands out to "
-            "all, since a packed row cannot be split: set accelerator_config={'dispatch_batches': False}"
-        )
+    shares_rows = {
+        "DataCollatorWithFlattening": packs_samples(collator),
+        f"value_unit={args.value_unit!r}": args.value_unit == "document",
+    }
+    for setting, asked in shares_rows.items():
+        if asked and dispatches and accelerator.num_processes > 1:
+            raise ValueError(
+                f"ShapleyTrainer does not support {setting} with batches that one process hands out to all, which "
+                "would have to split what shares a row: set accelerator_config={'dispatch_batches': False}"
+            )
 
 
 def check_rows(dataset: Any, name: str) -> None:

@@ -7,13 +7,24 @@ from typing import Any
 
 from ..directions.validation import Collate, ValidationTarget
 from . import requirements
-from .batches import WithoutColumn
+from .batches import IdColumns
+
+
+class WithoutIds:
+    """A collator whose rows lose their ids first, if they have any."""
+
+    def __init__(self, collate: Collate, columns: IdColumns):
+        self.collate = collate
+        self.columns = columns
+
+    def __call__(self, rows: list[Any]) -> Any:
+        return self.collate([self.columns.without(row) for row in rows])
 
 
 def read_targets(
     validation_dataset: Any,
     rows_and_collator: Callable[[Any], tuple[Any, Collate]],
-    id_column: str,
+    columns: IdColumns,
     shifted: bool,
     packs: bool,
     progress: bool,
@@ -38,5 +49,5 @@ def read_targets(
         if len(dataset) == 0:
             raise ValueError(f"{argument} is empty: give it a row at least")
         rows, collate = rows_and_collator(dataset)
-        targets.append(ValidationTarget.of(name, rows, WithoutColumn(collate, id_column), shifted, packs, progress))
+        targets.append(ValidationTarget.of(name, rows, WithoutIds(collate, columns), shifted, packs, progress))
     return targets

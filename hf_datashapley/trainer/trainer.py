@@ -40,12 +40,12 @@ from ..ledger.writer import refuse_existing
 from ..loss_tokens import count_loss_tokens, shifts_labels
 from ..ranks import Ranks
 from . import requirements
-from .batches import IdentifyingCollator, take_units
+from .batches import IdColumns, IdentifyingCollator, take_units
 from .checkpoints import chosen_checkpoint, last_checkpoint, updates_of
 from .compiled import compiled_apart, is_compiling, traced_apart
 from .config import ShapleyConfig
 from .description import describe
-from .packed import check_samples_apart, packs_samples
+from .packed import check_documents_apart, check_samples_apart, packs_samples
 from .passes import MicroBatch
 from .precision import Precision
 from .samples import IdentifiedRows, is_stream, read_sample_ids
@@ -103,7 +103,7 @@ class ShapleyTrainer(Trainer):
         requirements.check_model(self.model, self.accelerator.mixed_precision)
         requirements.check_precision(self.accelerator, self.model, args)
         requirements.check_rows(self.train_dataset, "train_dataset")
-        requirements.check_loading(self.accelerator, self.data_collator, self.train_dataset)
+        requirements.check_loading(self.accelerator, self.data_collator, self.train_dataset, args)
         requirements.check_optimizer_choice(self, args)
         if last_checkpoint(args.output_dir) is None:  # else the run may go on
             refuse_existing(Path(self.value_dir))
@@ -112,16 +112,18 @@ class ShapleyTrainer(Trainer):
         self._targets = read_targets(
             validation_dataset,
             lambda dataset: self._rows_and_collator(dataset, "validation"),
-            args.sample_id_column,
+            IdColumns(args.sample_id_column, args.document_id_column),
             shifts_labels(self.model),
             packs_samples(self.data_collator),
             self._shows_progress,
         )
         self._validation = self._make_validation()
+        target = self._targets[0]
+        row = target.rows[int(target.usable[0])]
         if packs_samples(self.data_collator):
-            target = self._targets[0]
-            row = target.rows[int(target.usable[0])]
             check_samples_apart(self.model, self._validation_loss, target.collate, row)
+        if self._id_columns.document is not None:
+            check_documents_apart(self.model, self._validation_loss, target.collate, row)
         if args.value_order == "second":
             # Every rank on all rows: each has to see for itself.
             alone = replace(self._validation, ranks=Ranks())
@@ -197,6 +199,11 @@ class ShapleyTrainer(Trainer):
             self._valuation = None
 
     # Parts
+
+    @property
+    def _id_columns(self) -> IdColumns:
+        args = self.args
+        return IdColumns(args.sample_id_column, args.document_id_column if args.value_unit == "document" else None)
 
     def _precision(self) -> Precision:
         return Precision(self.accelerator, self._capture.parameters.values())
@@ -348,8 +355,15 @@ class ShapleyTrainer(Trainer):
         if not is_training:
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         rows, collate = self._rows_and_collator(dataset, description)
+        columns = self._id_columns
+        if columns.document is not None and isinstance(rows, datasets.Dataset):
+            # The model does not know the column, so it went with those that are not used.
+            names = dict.fromkeys([*rows.column_names, columns.document])
+            rows = dataset.select_columns([name for name in names if name in dataset.column_names])
         own_collator = self.data_collator
-        self.data_collator = IdentifyingCollator(collate, self.args.sample_id_column, packs_samples(own_collator))
+        self.data_collator = IdentifyingCollator(
+            collate, columns, packs_samples(own_collator), apart=True, shifted=shifts_labels(self.model)
+        )
         try:
             return super()._get_dataloader(
                 rows if is_stream(rows) else IdentifiedRows(rows, self._sample_ids),
