@@ -36,7 +36,7 @@ def update(step, ids, values, *, skipped=False, finite=True):
     )
 
 
-def trained(tmp_path, **settings):
+def trained(tmp_path, train_dataset=None, **settings):
     callbacks = settings.pop("callbacks", [])
     return ShapleyTrainer(
         build("gpt2"),
@@ -49,7 +49,7 @@ def trained(tmp_path, **settings):
             disable_tqdm=True,
             **{"max_steps": 3, **settings},
         ),
-        train_dataset=dataset(text_rows(8)),
+        train_dataset=train_dataset or dataset(text_rows(8)),
         validation_dataset=dataset(text_rows(4, seed=2)),
         data_collator=collate,
         callbacks=callbacks,

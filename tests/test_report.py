@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from datasets import Dataset
 
@@ -164,6 +165,20 @@ def test_value_over_training_ends_at_the_totals() -> None:
     curves = value_over_training(corpus, run["history"], np.arange(1, 13))
     assert curves.shape == (2, 3, 12)
     np.testing.assert_allclose(curves[:, :, -1], totals(corpus, corpus.group_N, 3).value_KG, rtol=1e-12)
+
+
+def test_samples_with_a_row_for_each_document_count_once(tmp_path: Path) -> None:
+    """As a ledger of documents or tokens has them: halves of what the samples have, which are dyadic sums."""
+    run = tiny_run()
+    whole = written(tmp_path / "samples", **run)
+    for name in ("values", "history"):
+        table = run[name].to_pandas()
+        numbers = ["tokens", "value_code", "value_prose"]
+        halves = pd.concat([table.assign(document_id=d, **{c: table[c] / 2 for c in numbers}) for d in (8, 9)])
+        run[name] = Dataset.from_pandas(halves, preserve_index=False)
+    parted = written(tmp_path / "documents", **run)
+    assert parted.rows == whole.rows
+    assert "60 samples of 30 documents" in re.sub(r"\s+", " ", parted.text)
 
 
 def test_headline(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 from transformers.utils import logging
 
+from .groups import COUNTED, By, Groups, read_groups, sum_groups
 from .layout import (
     audit_schema,
     complete_parts,
@@ -25,28 +27,74 @@ from .layout import (
 logger = logging.get_logger(__name__)
 
 
-def load_values(value_dir: str | Path) -> Dataset:
-    """One row for each sample, by id; of the updates that every rank has written.
+def load_values(
+    value_dir: str | Path,
+    from_step: int | None = None,
+    to_step: int | None = None,
+    normalize: str | None = None,
+    by: By | None = None,
+    dataset: Dataset | None = None,
+    key: str | None = None,
+) -> Dataset:
+    """One row for each unit that was valued, or each group of them; of the updates that all ranks have written.
 
-    Columns: `sample_id` int64; `updates` int32, how often the sample was trained on; `tokens` int64, its loss tokens
-    over all visits; `value` float64 (or `value_<target>` for each named target), the nats of validation loss that it
-    took away, summed over updates. Positive helped.
+    Columns: the unit's keys, `sample_id` int64, `document_id` int64 (units "document" and "token"; a document that
+    goes on in another sample has a row for each), `position` int32 (unit "token": of the label in its row, or -1 for
+    the sum over a document's tokens in samples that have no row for each); `updates` int32, how often it was trained
+    on; `tokens` int64, its loss tokens over all visits; `value` float64 (or `value_<target>` for each named target),
+    the nats of validation loss that it took away, summed over updates. Positive helped.
+
+    Of groups: the group, null last; `samples` or `documents` int64, how many it has; `updates` int64, how often these
+    were trained on, all told; `tokens` and values. Groups without values have no row.
+
+    Args:
+        value_dir: the run's ledger.
+        from_step, to_step: the first and the last update to be summed, from 1. None: from the first, to the last.
+        normalize: "update" divides the values of each update by their summed magnitude, sum over units of |value|,
+            for each target by itself, so that all updates weigh the same; those whose values are all 0 stay so. What
+            counts is the magnitude of samples, or of documents with units "document" and "token" (whatever tokens have
+            rows), whether or not they are in the table.
+        by: what to sum over: "sample_id" or "document_id", where the ledger has it, gives one row for each; or the
+            name of a column of `dataset`; or the groups themselves, as a mapping {id: group}, a pandas Series with ids
+            as its index, or an array or list of groups by id. A group may be None, where it is not known.
+        dataset: the `datasets.Dataset` of samples or documents whose column `by` names. Its rows are known by their
+            column "sample_id" or "document_id" (as `key` says), or by their numbers if it has none.
+        key: "sample_id" or "document_id", what `by` puts into groups. None: documents, where the ledger has them.
 
     Raises:
         FileNotFoundError: the directory holds no ledger.
+        ValueError: the ledger lacks updates of the window; or `by` does not give each unit with values one group.
     """
-    return _summed(Path(value_dir), [])
+    directory = Path(value_dir)
+    manifest = read_manifest(directory)
+    targets, keys = manifest["targets"] or [""], unit_keys(manifest["unit"])
+    columns = value_columns(targets)
+    if normalize not in (None, "update"):
+        raise ValueError(f"normalize={normalize!r} is not offered: choose 'update', or None")
+    level, groups = _level_and_groups(by, dataset, key, keys)
+    rows = _table(directory, "values", values_schema(targets, manifest["unit"]), from_step, to_step)
+    if normalize == "update":
+        rows = _normalized(rows, keys, columns)
+    units = _summed(rows, level, columns)
+    if level[-1] != keys[-1]:
+        units = units.set_column(units.column_names.index("updates"), "updates", _visits(rows, keys, level))
+    return _as_dataset(units if groups is None else sum_groups(units, groups, level[0], columns))
 
 
-def load_value_history(value_dir: str | Path) -> Dataset:
-    """One row for each update and sample in it: the columns of `load_values` and `step` int32, from 1.
+def load_value_history(value_dir: str | Path, from_step: int | None = None, to_step: int | None = None) -> Dataset:
+    """One row for each update and unit in it: the columns of `load_values` and `step` int32, from 1.
 
     A sample that an update visited twice has one row with `updates` 2.
     """
-    return _summed(Path(value_dir), ["step"])
+    directory = Path(value_dir)
+    manifest = read_manifest(directory)
+    targets, keys = manifest["targets"] or [""], unit_keys(manifest["unit"])
+    rows = _table(directory, "values", values_schema(targets, manifest["unit"]), from_step, to_step)
+    summed = _summed(rows, ["step", *keys], value_columns(targets))
+    return _as_dataset(summed.select([*(name for name in summed.column_names if name != "step"), "step"]))
 
 
-def load_updates(value_dir: str | Path) -> Dataset:
+def load_updates(value_dir: str | Path, from_step: int | None = None, to_step: int | None = None) -> Dataset:
     """One row for each update, by `step`.
 
     Columns: `step` int32; `skipped` bool (no step was made, or something was not finite: the values are 0); `clip`
@@ -56,10 +104,10 @@ def load_updates(value_dir: str | Path) -> Dataset:
     """
     directory = Path(value_dir)
     targets = read_manifest(directory)["targets"] or [""]
-    return _as_dataset(_table(directory, "updates", updates_schema(targets)).sort_by("step"))
+    return _as_dataset(_table(directory, "updates", updates_schema(targets), from_step, to_step).sort_by("step"))
 
 
-def load_audit(value_dir: str | Path) -> Dataset:
+def load_audit(value_dir: str | Path, from_step: int | None = None, to_step: int | None = None) -> Dataset:
     """One row for each audited update and target, by `step`; what values say an update did, against what it did.
 
     Columns: `step` int32; `target` string ("validation" where it has no name); in nats of the target's loss on the
@@ -72,30 +120,82 @@ def load_audit(value_dir: str | Path) -> Dataset:
     """
     directory = Path(value_dir)
     read_manifest(directory)
-    return _as_dataset(_table(directory, "audit", audit_schema()).sort_by("step"))
+    return _as_dataset(_table(directory, "audit", audit_schema(), from_step, to_step).sort_by("step"))
 
 
-def _summed(directory: Path, before: list[str]) -> Dataset:
-    manifest = read_manifest(directory)
-    keys = [*before, *unit_keys(manifest["unit"])]
-    targets = manifest["targets"] or [""]
-    columns = value_columns(targets)
-    table = _table(directory, "values", values_schema(targets, manifest["unit"]))
+def _level_and_groups(
+    by: By | None, dataset: Dataset | None, key: str | None, keys: list[str]
+) -> tuple[list[str], Groups | None]:
+    """The keys of the rows that are summed first, and the groups of these."""
+    ids = [name for name in keys if name in COUNTED]
+    if by is None:
+        if dataset is not None or key is not None:
+            raise ValueError("dataset and key are for groups: give `by` too, as a column's name or as the groups")
+        return keys, None
+    if isinstance(by, str) and dataset is None:
+        if by not in ids:
+            raise ValueError(
+                f"by={by!r}: this ledger's rows are known by {', '.join(ids)}: name one of these, give the dataset "
+                f"that has a column {by!r} as `dataset`, or give a mapping from ids to groups"
+            )
+        if key is not None:
+            raise ValueError(f"by={by!r} gives a row for each, key={key!r} is for groups: leave it out")
+        return [by], None
+    if key is not None and key not in ids:
+        raise ValueError(f"key={key!r}: this ledger's rows are known by {', '.join(ids)}: choose one of these")
+    key = key or ids[-1]
+    return [key], read_groups(by, dataset, key)
+
+
+def _summed(rows: pa.Table, keys: list[str], columns: list[str]) -> pa.Table:
+    """Sums over the rows that have the same keys, by keys; `updates` counts the rows."""
     # One thread: the order of summation, and so the last bit, stays the same from reading to reading.
-    grouped = table.group_by(keys, use_threads=False).aggregate(
+    grouped = rows.group_by(keys, use_threads=False).aggregate(
         [([], "count_all"), ("tokens", "sum"), *[(column, "sum") for column in columns]]
     )
     grouped = grouped.sort_by([(key, "ascending") for key in keys])
     result = {key: grouped[key] for key in keys}
     result["updates"] = grouped["count_all"].cast(pa.int32())
     result["tokens"] = grouped["tokens_sum"].cast(pa.int64())
-    result |= {column: grouped[f"{column}_sum"].cast(pa.float64()) for column in columns}
-    order = [*unit_keys(manifest["unit"]), "updates", "tokens", *columns, *before]
-    return _as_dataset(pa.table({name: result[name] for name in order}))
+    return pa.table(result | {column: grouped[f"{column}_sum"].cast(pa.float64()) for column in columns})
 
 
-def _table(directory: Path, kind: str, schema: pa.Schema) -> pa.Table:
-    tables = [schema.empty_table()]
+def _visits(rows: pa.Table, keys: list[str], level: list[str]) -> pa.ChunkedArray:
+    """How often each sample, or document, was trained on, in the order of `_summed`: int32.
+
+    It has several rows for each visit: one for each document, or token. In one update each of these has as many rows
+    as there were visits (more, where a sample's row holds a document's id twice), so the least of them counts.
+    """
+    several = rows.select(["step", *keys]).group_by(["step", *keys], use_threads=False).aggregate([([], "count_all")])
+    visited = ["step", *keys[: keys.index(level[-1]) + 1]]
+    fewest = several.group_by(visited, use_threads=False).aggregate([("count_all", "min")])
+    visits = fewest.group_by(level, use_threads=False).aggregate([("count_all_min", "sum")])
+    return visits.sort_by([(name, "ascending") for name in level])["count_all_min_sum"].cast(pa.int32())
+
+
+def _normalized(rows: pa.Table, keys: list[str], columns: list[str]) -> pa.Table:
+    """Values as shares of their update's summed magnitude, float64.
+
+    That of documents, not of tokens: which tokens have rows of their own is a choice that must not move the others'
+    values. A unit that an update visited twice is one.
+    """
+    if rows.num_rows == 0:
+        return rows
+    units = ["step", *(key for key in keys if key in COUNTED)]
+    summed = rows.group_by(units, use_threads=False).aggregate([(column, "sum") for column in columns])
+    first = pc.min(rows["step"]).as_py()
+    summed_update, row_update = summed["step"].to_numpy() - first, rows["step"].to_numpy() - first
+    for column in columns:
+        magnitude = np.bincount(summed_update, weights=np.abs(summed[f"{column}_sum"].to_numpy()))
+        shares = rows[column].to_numpy() / np.where(magnitude > 0, magnitude, 1.0)[row_update]
+        rows = rows.set_column(rows.column_names.index(column), column, pa.array(shares))
+    return rows
+
+
+def _table(
+    directory: Path, kind: str, schema: pa.Schema, from_step: int | None = None, to_step: int | None = None
+) -> pa.Table:
+    """The rows of a window of updates; parts that lie outside it are not opened."""
     complete = complete_parts(directory)
     if complete.ahead > complete.last:
         logger.warning(
@@ -103,7 +203,11 @@ def _table(directory: Path, kind: str, schema: pa.Schema) -> pa.Table:
             f"{complete.last}, which is what is read. While the run goes on, the others will follow; if it was "
             "killed, resume it; if the ranks wrote to folders of their own, copy their parts into one"
         )
+    first, last = _window(directory, complete.last, from_step, to_step)
+    tables = [schema.empty_table()]
     for part in complete.of_kind(kind):
+        if part.last < first or part.first > last:
+            continue
         try:
             table = pq.read_table(part.path, schema=schema)
         except (pa.ArrowException, OSError) as error:
@@ -111,8 +215,22 @@ def _table(directory: Path, kind: str, schema: pa.Schema) -> pa.Table:
                 f"{part.path} is missing or damaged ({error}): put a copy of it back; without one, its updates have "
                 "no values, and the run has to be resumed from a checkpoint before them"
             ) from error
-        tables.append(table if part.last <= complete.last else table.filter(pc.field("step") <= complete.last))
+        within = first <= part.first and part.last <= last
+        tables.append(table if within else table.filter((pc.field("step") >= first) & (pc.field("step") <= last)))
     return pa.concat_tables(tables)
+
+
+def _window(directory: Path, held: int, from_step: int | None, to_step: int | None) -> tuple[int, int]:
+    """The updates to read, of `held` that there are: all of them, or those asked for."""
+    if from_step is None and to_step is None:
+        return 1, held
+    first, last = 1 if from_step is None else from_step, held if to_step is None else to_step
+    holds = f"{directory} holds the updates 1 to {held}" if held else f"{directory} holds no update yet"
+    if not 1 <= first <= last <= held:
+        raise ValueError(
+            f"from_step={from_step}, to_step={to_step}: {holds}; name the first and the last of those to be read"
+        )
+    return first, last
 
 
 def _as_dataset(table: pa.Table) -> Dataset:

@@ -93,12 +93,15 @@ def read_corpus(values: Dataset, units: Dataset | None) -> Corpus:
     if values.num_rows == 0:
         raise ValueError("values has no rows: there is nothing to report before the first update")
     columns = [name for name in values.column_names if name.startswith("value")]
-    table = arrow_table(values, ["sample_id", "tokens", *columns]).sort_by("sample_id")
-    sample_id_N = table["sample_id"].to_numpy()
-    tokens_N = table["tokens"].to_numpy().astype(np.float64)
-    value_KN = np.stack([table[column].to_numpy().astype(np.float64) for column in columns])
-    if not np.isfinite(value_KN).all():
+    rows = arrow_table(values, ["sample_id", "tokens", *columns])
+    if not all(np.isfinite(rows[column].to_numpy()).all() for column in columns):
         raise ValueError("values holds null or non-finite values: read it with load_values, which never returns any")
+    # A sample of documents or tokens has a row for each.
+    sums = [(column, "sum") for column in ("tokens", *columns)]
+    table = rows.group_by("sample_id", use_threads=False).aggregate(sums).sort_by("sample_id")
+    sample_id_N = table["sample_id"].to_numpy()
+    tokens_N = table["tokens_sum"].to_numpy().astype(np.float64)
+    value_KN = np.stack([table[f"{column}_sum"].to_numpy().astype(np.float64) for column in columns])
 
     known: dict[str, pa.ChunkedArray] = {}
     unit_row_N = np.full(len(sample_id_N), -1)

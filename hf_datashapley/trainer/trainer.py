@@ -36,6 +36,8 @@ from ..directions.validation import Batch, Validation
 from ..full_precision import in_full
 from ..ghost.capture import Capture, Kernel
 from ..ledger import Ledger, load_audit, load_value_history, load_values
+from ..ledger.groups import By, Groups
+from ..ledger.layout import unit_keys
 from ..ledger.writer import refuse_existing
 from ..loss_tokens import count_loss_tokens, shifts_labels
 from ..ranks import Ranks
@@ -141,15 +143,29 @@ class ShapleyTrainer(Trainer):
         """The folder of this run's ledger."""
         return self.args.value_dir or os.path.join(self.args.output_dir, "values")
 
-    def values(self) -> datasets.Dataset:
-        """One row for each sample trained on so far, see `load_values`."""
-        self._flush()
-        return load_values(self.value_dir)
+    def values(
+        self,
+        from_step: int | None = None,
+        to_step: int | None = None,
+        normalize: str | None = None,
+        by: By | None = None,
+        dataset: datasets.Dataset | None = None,
+        key: str | None = None,
+    ) -> datasets.Dataset:
+        """One row for each unit trained on so far, or each group of them, see `load_values`.
 
-    def value_history(self) -> datasets.Dataset:
-        """One row for each update and sample in it, see `load_value_history`."""
+        A column that `by` names without a `dataset` is one of `train_dataset`, and groups are of samples.
+        """
         self._flush()
-        return load_value_history(self.value_dir)
+        own = dataset is None and key in (None, "sample_id")
+        if own and isinstance(by, str) and by not in unit_keys(self.args.value_unit):
+            by, key = Groups.of_column(self.train_dataset, by, self.args.sample_id_column), "sample_id"
+        return load_values(self.value_dir, from_step, to_step, normalize, by, dataset, key)
+
+    def value_history(self, from_step: int | None = None, to_step: int | None = None) -> datasets.Dataset:
+        """One row for each update and unit in it, see `load_value_history`."""
+        self._flush()
+        return load_value_history(self.value_dir, from_step, to_step)
 
     def validation_rows(self, step: int) -> dict[str, np.ndarray]:
         """Indices into each target's dataset of the rows that update number `step` (from 1) is scored against.
@@ -158,10 +174,10 @@ class ShapleyTrainer(Trainer):
         """
         return self._validation.rows_of(step)
 
-    def audit(self) -> datasets.Dataset:
+    def audit(self, from_step: int | None = None, to_step: int | None = None) -> datasets.Dataset:
         """One row for each audited update and target, see `load_audit`."""
         self._flush()
-        return load_audit(self.value_dir)
+        return load_audit(self.value_dir, from_step, to_step)
 
     # A run
 
