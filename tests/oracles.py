@@ -122,6 +122,14 @@ def per_sample_gradients(losses: Tensor, parameters: Mapping[str, Tensor]) -> li
     return [gradient(loss, parameters) for loss in losses]
 
 
+def token_slopes(losses: Tensor, parameters: Mapping[str, Tensor], directions: Sequence[Gradient]) -> Tensor:
+    """[B, T, K]: <gradient of the token's own loss, u_k>, each of the losses [B, T] by a backward pass of its own."""
+    slopes = torch.zeros(*losses.shape, len(directions), dtype=torch.float64)
+    for b, t, k in np.ndindex(slopes.shape):
+        slopes[b, t, k] = inner(gradient(losses[b, t], parameters), directions[k], directions[k])
+    return slopes
+
+
 def validation_gradient(
     model: nn.Module, rows: Iterable[Mapping[str, Tensor]], loss_of: SummedLoss = summed_loss
 ) -> tuple[Gradient, float]:
