@@ -83,6 +83,26 @@ class Runs:
         return torch.stack([x_i.flatten(0, -2).sum(0, dtype=dtype) for x_i in self.parts(x)])
 
 
+class Places:
+    """Each position belongs to one of `count` units, or to none. For scores of single positions, not for layers.
+
+    `unit_RT`: which unit, int64 [R, T]; `count` for none.
+    """
+
+    def __init__(self, unit_RT: Tensor, count: int):
+        self.count = count
+        self.unit_RT = unit_RT
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Over each unit's positions: [R, T, C] -> [U, C]."""
+        sums = x.new_zeros(self.count + 1, x.shape[2])
+        return sums.index_add_(0, self.unit_RT.flatten(), x.flatten(0, 1))[:-1]
+
+    def any_of(self, x: Tensor) -> Tensor:
+        """What all positions of a unit have alike: [R, T] -> [U]."""
+        return x.new_zeros(self.count + 1).scatter_(0, self.unit_RT.flatten(), x.flatten())[:-1]
+
+
 def positions(x: Tensor) -> Tensor:
     """[B, ..., C] -> [B, P, C]; a row without position dimensions has one position."""
     return x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)

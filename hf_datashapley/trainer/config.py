@@ -9,10 +9,10 @@ from transformers import TrainingArguments
 
 CHOICES = {
     "value_order": ("first", "second", "path"),
-    "value_unit": ("sample", "document"),
+    "value_unit": ("sample", "document", "token"),
     "value_optimizer": ("auto", "sgd"),
     "value_momentum": (None, "unrolled", "immediate"),
-    "value_kernel": ("auto", "fused", "project"),
+    "value_kernel": ("auto", "fused", "project", "jvp"),
     "path_slope": ("secant", "owen"),
     "second_pass": ("auto", "stash", "replay"),
 }
@@ -30,7 +30,9 @@ class ShapleyConfig(TrainingArguments):
             with the exact gradient-Hessian-gradient products of the step (Theorem 4). "path", the validation gradient
             averaged along the step, whose values add up to what the samples did to the loss at any learning rate.
         value_unit: what gets a value: "sample", a row of `train_dataset`; "document", what a document has in one row
-            (`document_id_column`), where documents that share a row attend to themselves only.
+            (`document_id_column`), where documents that share a row attend to themselves only; "token", a token whose
+            loss is trained on, in the samples that `token_samples` and `token_sample_ids` choose (in others, and where
+            there are ids of documents, what a document has in one row).
         value_optimizer: "auto", the optimizer that runs (SGD, Adam, AdamW); "sgd", the paper's proxy: values as if
             plain SGD with the same learning rates had trained.
         value_momentum: "unrolled", a gradient counts with the weight it will have had once momentum has played out;
@@ -39,8 +41,10 @@ class ShapleyConfig(TrainingArguments):
         value_modules: modules whose parameters are scored, as PEFT's `target_modules`: names or name endings, or one
             regular expression. None: every parameter that trains.
         value_kernel: "fused" forms weight gradients sample by sample and needs no further matrix product; "project"
-            takes one for each layer and target, and leaves the training run bit for bit what it is without values.
-            "auto": "fused".
+            takes one for each layer and target, and leaves the training run bit for bit what it is without values;
+            "jvp" differentiates every token's own loss forward, about one more training step for each target, for unit
+            "token", and for documents that attend to each other; training is left as it is. "auto": "jvp" for unit
+            "token", else "fused".
         value_dir: folder of the ledger; None: `<output_dir>/values`.
         validation_batch_size: validation rows for each target at an update; None: one for every 16 training rows of
             an update, at least 1.
@@ -62,6 +66,9 @@ class ShapleyConfig(TrainingArguments):
             same id get one value.
         document_id_column: for unit "document", a column with the document of each token of a row: integers from 0
             on, -1 for padding. `pack_documents` makes it.
+        token_samples: for unit "token", how many samples have a value for each token, drawn with `seed`; tables of all
+            tokens would grow with the corpus.
+        token_sample_ids: the ids of these samples, instead of a draw.
 
     Raises:
         ValueError: a setting has a value that is not offered.
@@ -70,7 +77,7 @@ class ShapleyConfig(TrainingArguments):
     value_order: str = field(default="first", metadata={"help": "Order of the values: 'first', 'second' or 'path'."})
     value_unit: str = field(
         default="sample",
-        metadata={"help": "What gets a value: 'sample', a row; 'document', a document's part of a row."},
+        metadata={"help": "What gets a value: 'sample', a row; 'document', a document's part of a row; 'token'."},
     )
     value_optimizer: str = field(
         default="auto",
@@ -94,7 +101,10 @@ class ShapleyConfig(TrainingArguments):
     )
     value_kernel: str = field(
         default="auto",
-        metadata={"help": "'fused' (fast; the default) or 'project' (training stays bit-identical to Trainer's)."},
+        metadata={
+            "help": "'fused' (fast; the default), 'project' (training stays bit-identical to Trainer's) or 'jvp' (for "
+            "tokens, and documents that attend to each other)."
+        },
     )
     value_dir: str | None = field(
         default=None, metadata={"help": "The ledger's folder. Default: <output_dir>/values."}
@@ -129,6 +139,16 @@ class ShapleyConfig(TrainingArguments):
         default="document_id",
         metadata={"help": "Column with the document of each token of a row, for unit 'document'."},
     )
+    token_samples: int = field(
+        default=1000, metadata={"help": "Samples whose tokens have values of their own, for unit 'token'."}
+    )
+    token_sample_ids: list[int] | None = field(
+        default=None, metadata={"help": "The ids of these samples. Default: they are drawn."}
+    )
+
+    @property
+    def scores_forward(self) -> bool:
+        return self.value_unit == "token" or self.value_kernel == "jvp"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,3 +178,22 @@ class ShapleyConfig(TrainingArguments):
                 "path_slope='owen' shares out the whole change of the loss, so every parameter that trains is scored: "
                 "set value_modules=None, freeze the others, or set path_slope='secant'"
             )
+        if self.value_unit == "token" and self.value_kernel not in ("auto", "jvp"):
+            raise ValueError(
+                f"value_unit='token' takes value_kernel='jvp' (or 'auto'), not {self.value_kernel!r}: a backward pass "
+                "gives no token's own gradient"
+            )
+        if self.value_unit == "sample" and self.value_kernel == "jvp":
+            raise ValueError(
+                "value_kernel='jvp' is for value_unit='document' or 'token': samples need no more than "
+                "value_kernel='auto'"
+            )
+        if self.scores_forward and self.second_pass == "stash":
+            raise ValueError("second_pass='stash' keeps what value_kernel='jvp' does not use: set second_pass='auto'")
+        if self.scores_forward and self.value_order == "path" and self.path_slope == "owen":
+            raise ValueError(
+                "path_slope='owen' needs the squares of single gradients, which value_kernel='jvp' does not form: set "
+                "path_slope='secant'"
+            )
+        if self.token_samples < 0:
+            raise ValueError(f"token_samples={self.token_samples}: give a number of samples")

@@ -28,6 +28,7 @@ def describe(args: ShapleyConfig, model: nn.Module, capture: Capture, validation
             "value_optimizer": args.value_optimizer,
             "value_momentum": momentum_of(args),
             **({"path_nodes": args.path_nodes, "path_slope": args.path_slope} if follows_path else {}),
+            **({"token_samples": args.token_sample_ids or args.token_samples} if args.value_unit == "token" else {}),
             "value_modules": args.value_modules,
             "value_kernel": args.value_kernel,
             "validation_rows": {

@@ -4,7 +4,7 @@
 "second" and "path") needs the whole batch's gradient first, and then the samples' inputs and output gradients again:
 
     stash     kept from the backward passes until the optimizer is about to step; memory for a whole update
-    replay    every micro-batch runs forward and backward once more, with the same random state
+    replay    every micro-batch runs once more, with the same random state
 
 Both are asked in the same order: `begin` before the first micro-batch, `micro_batch` for each, `before_step` when the
 optimizer is about to step, with the clipped gradient in `.grad` and the weights still old.
@@ -12,9 +12,6 @@ optimizer is about to step, with the clipped gradient in `.grad` and the weights
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import psutil
@@ -30,10 +27,11 @@ from ..directions.validation import Validation
 from ..full_precision import full_dtype
 from ..ghost.capture import Capture
 from ..ghost.kept import Kept
-from ..ghost.units import Units
-from ..random_state import RandomState, random_state_kept
+from ..ghost.units import Places
+from ..random_state import RandomState
 from ..ranks import Ranks
 from ..values.update import Update
+from .scorers import MicroBatch, Scorer
 
 
 # Below "transformers", so that Trainer's `log_level` is ours too.
@@ -42,20 +40,6 @@ logger = logging.get_logger(f"transformers.{__name__}")
 SecondPass = Literal["auto", "stash", "replay"]
 # Of the memory that is free when the first update begins.
 STASH_SHARE = 0.5
-
-
-@dataclass
-class MicroBatch:
-    """What a pass is told of a micro-batch.
-
-    `run` makes Trainer's own forward and backward pass of it; `run_again` the same, without a word to other ranks.
-    """
-
-    units: Units
-    positions: int  # of all its rows
-    micro_batches: int  # in the whole update
-    run: Callable[[], Tensor]
-    run_again: Callable[[], Tensor]
 
 
 class Pass(Protocol):
@@ -76,8 +60,9 @@ class Pass(Protocol):
 class OnePass:
     """Order "first"."""
 
-    def __init__(self, capture: Capture, validation: Validation, order: FirstOrder):
+    def __init__(self, capture: Capture, scorer: Scorer, validation: Validation, order: FirstOrder):
         self.capture = capture
+        self.scorer = scorer
         self.validation = validation
         self.order = order
         self._gradients: dict[str, Tensor] | None = None
@@ -102,7 +87,7 @@ class OnePass:
             self._gradients = None  # not needed again
 
     def micro_batch(self, update: Update, micro_batch: MicroBatch) -> Tensor:
-        loss, scores = scored(self.capture, self._directions, micro_batch, micro_batch.run)
+        loss, scores = self.scorer.training(micro_batch, self._directions)
         update.scores.append(scores)
         return loss
 
@@ -116,16 +101,18 @@ class TwoPass:
     def __init__(
         self,
         capture: Capture,
+        scorer: Scorer,
         validation: Validation,
         order: SecondOrder | PathOrder | OwenOrder,
         second_pass: SecondPass,
     ):
         self.capture = capture
+        self.scorer = scorer
         self.validation = validation
         self.order = order
         self.second_pass = second_pass
         self._kept: list[Kept] = []
-        self._replays: list[tuple[RandomState, MicroBatch]] = []
+        self._replays: list[tuple[MicroBatch, RandomState, Tensor]] = []
         self._squares: dict[str, Tensor] = {}
 
     def state(self) -> dict[str, Tensor]:
@@ -148,17 +135,20 @@ class TwoPass:
     def micro_batch(self, update: Update, micro_batch: MicroBatch) -> Tensor:
         if self.second_pass == "auto":
             self.second_pass = self._choose(micro_batch, update.ranks)
-        stash = self.second_pass == "stash"
-        if not stash:
-            self._replays.append((RandomState(), micro_batch))
-            if not isinstance(self.order, OwenOrder):
-                return micro_batch.run()
-        with self.capture.keeping(micro_batch.units) as kept:
+        stash, squares = self.second_pass == "stash", isinstance(self.order, OwenOrder)
+        state = RandomState()
+        if stash or squares:
+            assert not isinstance(micro_batch.units, Places)
+            with self.capture.keeping(micro_batch.units) as kept:
+                loss = micro_batch.run()
+        else:
             loss = micro_batch.run()
-        if isinstance(self.order, OwenOrder):
+        if squares:
             kept.add_squares(self._squares)
         if stash:
             self._kept.append(kept)
+        else:
+            self._replays.append((micro_batch, state, loss))
         return loss
 
     def before_step(self, model: nn.Module, update: Update, step: int) -> dict[str, Tensor]:
@@ -174,12 +164,8 @@ class TwoPass:
         update.validation_losses = losses
         for kept in self._kept:
             update.scores.append(kept.scores(directions))
-        if self._replays:
-            with random_state_kept(), gradients_aside(model):
-                for state, micro_batch in self._replays:
-                    state.restore()
-                    _, scores = scored(self.capture, directions, micro_batch, micro_batch.run_again)
-                    update.scores.append(scores)
+        for micro_batch, state, loss in self._replays:
+            update.scores.append(self.scorer.replayed(micro_batch, directions, state, loss))
         self._kept, self._replays = [], []
         if isinstance(order, OwenOrder) and order.closes_gap:
             before, after = order.path_ends(model, self.validation, step)
@@ -200,29 +186,6 @@ class TwoPass:
             f"are free on {device}"
         )
         return choice
-
-
-def scored(
-    capture: Capture, directions: dict[str, Tensor], micro_batch: MicroBatch, run: Callable[[], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The loss of a micro-batch, and <unit's gradient, direction>, [U, K]."""
-    with capture.scoring(directions, micro_batch.units) as tap:
-        loss = run()
-    # No gradient where the loss reaches none of the scored layers.
-    return loss, torch.zeros_like(tap) if tap.grad is None else tap.grad
-
-
-@contextmanager
-def gradients_aside(model: nn.Module) -> Iterator[None]:
-    """Backward passes within it leave `.grad` as it was."""
-    gradients = {parameter: parameter.grad for parameter in model.parameters()}
-    try:
-        for parameter in gradients:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
 
 
 def free_memory(device: torch.device) -> int:

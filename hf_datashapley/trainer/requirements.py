@@ -88,6 +88,24 @@ def check_precision(accelerator: Accelerator, model: nn.Module, args: ShapleyCon
             )
 
 
+def check_forward(accelerator: Accelerator, args: ShapleyConfig) -> None:
+    """What goes together with derivatives of single tokens' losses, as far as it cannot be tried."""
+    if not args.scores_forward:
+        return
+    setting = f"value_unit={args.value_unit!r} with value_kernel='jvp'"
+    refuse_first(
+        {
+            f"label_smoothing_factor and {setting}": (
+                args.label_smoothing_factor > 0,
+                "set label_smoothing_factor=0",
+            ),
+            # Directions are small, and their products would be lost below float16's range.
+            f"fp16 and {setting}": (accelerator.mixed_precision == "fp16", "set bf16=True"),
+            f"torch_compile and {setting}": (is_compiling(accelerator), "set torch_compile=False"),
+        }
+    )
+
+
 def check_compilation(args: ShapleyConfig, accelerator: Accelerator, collator: Any) -> None:
     """What goes together with `torch_compile` (or `accelerate launch --dynamo_backend`).
 
@@ -171,7 +189,7 @@ def check_loading(accelerator: Accelerator, collator: Any, dataset: Any, args: S
     dispatches = accelerator.dispatch_batches or (accelerator.dispatch_batches is None and is_stream(dataset))
     shares_rows = {
         "DataCollatorWithFlattening": packs_samples(collator),
-        f"value_unit={args.value_unit!r}": args.value_unit == "document",
+        f"value_unit={args.value_unit!r}": args.value_unit != "sample",
     }
     for setting, asked in shares_rows.items():
         if asked and dispatches and accelerator.num_processes > 1:

@@ -150,6 +150,21 @@ def read_sample_ids(dataset: Any, column: str, progress: bool) -> np.ndarray | N
     return checked_ids(np.array([int(value) for value in ids], dtype=object), column)
 
 
+def drawn_samples(dataset: Any, ids: np.ndarray | None, count: int, seed: int) -> frozenset[int]:
+    """So many of a map-style dataset's samples, or all; no global random state is drawn from.
+
+    Raises:
+        ValueError: it is a stream, which has no end to draw from.
+    """
+    if is_stream(dataset):
+        raise ValueError(
+            "token_samples draws among the samples, and train_dataset is a stream: name the samples whose tokens are "
+            "to have values of their own (token_sample_ids), or set token_samples=0"
+        )
+    rows = np.random.default_rng(seed).permutation(len(dataset))[:count]
+    return frozenset((rows if ids is None else ids[rows]).tolist())
+
+
 def checked_ids(ids: np.ndarray, column: str) -> np.ndarray:
     """int64 ids from integers of any width, if none is out of range or stands twice."""
     refuse("is negative", ids < 0, ids, column)

@@ -35,6 +35,7 @@ from ..directions.second_order import check_twice_differentiable
 from ..directions.validation import Batch, Validation
 from ..full_precision import in_full
 from ..ghost.capture import Capture, Kernel
+from ..ghost.forward_mode import check_token_losses, token_derivatives
 from ..ledger import Ledger, load_audit, load_value_history, load_values
 from ..ledger.groups import By, Groups
 from ..ledger.layout import unit_keys
@@ -42,15 +43,15 @@ from ..ledger.writer import refuse_existing
 from ..loss_tokens import count_loss_tokens, shifts_labels
 from ..ranks import Ranks
 from . import requirements
-from .batches import IdColumns, IdentifyingCollator, take_units
+from .batches import IdColumns, IdentifyingCollator, UnitPlan, take_units
 from .checkpoints import chosen_checkpoint, last_checkpoint, updates_of
 from .compiled import compiled_apart, is_compiling, traced_apart
 from .config import ShapleyConfig
 from .description import describe
-from .packed import check_documents_apart, check_samples_apart, packs_samples
-from .passes import MicroBatch
+from .packed import check_documents_apart, check_samples_apart, packs_samples, train_flags_kept
 from .precision import Precision
-from .samples import IdentifiedRows, is_stream, read_sample_ids
+from .samples import IdentifiedRows, drawn_samples, is_stream, read_sample_ids
+from .scorers import MicroBatch
 from .targets import read_targets
 from .valuation import Valuation
 
@@ -98,6 +99,7 @@ class ShapleyTrainer(Trainer):
         super().__init__(model, args, *positional, **kwargs)
         self.args: ShapleyConfig = args
         requirements.check_launch(self.accelerator, args)
+        requirements.check_forward(self.accelerator, args)
         requirements.check_compilation(args, self.accelerator, self.data_collator)
         self._ranks = Ranks(
             self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.is_local_main_process
@@ -111,6 +113,7 @@ class ShapleyTrainer(Trainer):
             refuse_existing(Path(self.value_dir))
         self._make_capture()
         self._sample_ids = read_sample_ids(self.train_dataset, args.sample_id_column, progress=self._shows_progress)
+        self._unit_plan = self._make_unit_plan()
         self._targets = read_targets(
             validation_dataset,
             lambda dataset: self._rows_and_collator(dataset, "validation"),
@@ -124,7 +127,19 @@ class ShapleyTrainer(Trainer):
         row = target.rows[int(target.usable[0])]
         if packs_samples(self.data_collator):
             check_samples_apart(self.model, self._validation_loss, target.collate, row)
-        if self._id_columns.document is not None:
+        if args.scores_forward:
+            batch = self._prepare_inputs(target.collate([row]))
+            with train_flags_kept(self.model):
+                self.model.train()
+                check_token_losses(
+                    self.model,
+                    self._capture.parameters,
+                    self._validation_loss,
+                    batch,
+                    shifts_labels(self.model),
+                    self._precision().half_products,
+                )
+        elif args.value_unit == "document":
             check_documents_apart(self.model, self._validation_loss, target.collate, row)
         if args.value_order == "second":
             # Every rank on all rows: each has to see for itself.
@@ -216,10 +231,21 @@ class ShapleyTrainer(Trainer):
 
     # Parts
 
-    @property
-    def _id_columns(self) -> IdColumns:
+    def _make_unit_plan(self) -> UnitPlan:
         args = self.args
-        return IdColumns(args.sample_id_column, args.document_id_column if args.value_unit == "document" else None)
+        chosen: frozenset[int] = frozenset()
+        if args.value_unit == "token" and args.token_sample_ids is not None:
+            chosen = frozenset(args.token_sample_ids)
+        elif args.value_unit == "token" and args.token_samples:
+            chosen = drawn_samples(self.train_dataset, self._sample_ids, args.token_samples, args.seed)
+        return UnitPlan(
+            args.value_unit,
+            IdColumns(args.sample_id_column, None if args.value_unit == "sample" else args.document_id_column),
+            packs=packs_samples(self.data_collator),
+            shifted=shifts_labels(self.model),
+            forward=args.scores_forward,
+            token_samples=chosen,
+        )
 
     def _precision(self) -> Precision:
         return Precision(self.accelerator, self._capture.parameters.values())
@@ -229,7 +255,8 @@ class ShapleyTrainer(Trainer):
         return not self.args.disable_tqdm
 
     def _make_capture(self) -> None:
-        kernel = cast(Kernel, "fused" if self.args.value_kernel == "auto" else self.args.value_kernel)
+        # With "jvp" the layers only say which parameters are scored.
+        kernel: Kernel = "project" if self.args.value_kernel == "project" else "fused"
         self._capture = Capture(self.model, self.args.value_modules, kernel)
 
     def _rows_and_collator(self, dataset: Any, description: str) -> tuple[Any, Callable[[list[Any]], Any]]:
@@ -333,12 +360,19 @@ class ShapleyTrainer(Trainer):
             # Not through DDP, which would have a word with the other ranks: it sends buffers before a forward pass.
             return run(model.module if isinstance(model, DistributedDataParallel) else model)
 
+        def derivatives(directions: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            with self.compute_loss_context_manager():
+                return token_derivatives(
+                    self.model, self._prepare_inputs({**inputs}), directions, shifts_labels(self.model)
+                )
+
         micro_batch = MicroBatch(
             units=batch.units,
             positions=positions,
             micro_batches=accumulation_steps,
             run=run,
             run_again=run_again,
+            token_derivatives=derivatives,
         )
         return self._valuation.micro_batch(self.state.global_step + 1, batch.ids, batch.tokens, micro_batch)
 
@@ -371,15 +405,12 @@ class ShapleyTrainer(Trainer):
         if not is_training:
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         rows, collate = self._rows_and_collator(dataset, description)
-        columns = self._id_columns
-        if columns.document is not None and isinstance(rows, datasets.Dataset):
+        column = self._unit_plan.columns.document
+        if column is not None and isinstance(rows, datasets.Dataset) and column in dataset.column_names:
             # The model does not know the column, so it went with those that are not used.
-            names = dict.fromkeys([*rows.column_names, columns.document])
-            rows = dataset.select_columns([name for name in names if name in dataset.column_names])
+            rows = dataset.select_columns([*dict.fromkeys([*rows.column_names, column])])
         own_collator = self.data_collator
-        self.data_collator = IdentifyingCollator(
-            collate, columns, packs_samples(own_collator), apart=True, shifted=shifts_labels(self.model)
-        )
+        self.data_collator = IdentifyingCollator(collate, self._unit_plan)
         try:
             return super()._get_dataloader(
                 rows if is_stream(rows) else IdentifiedRows(rows, self._sample_ids),

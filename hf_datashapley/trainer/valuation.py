@@ -27,8 +27,9 @@ from ..values.additivity import HALF_TOLERANCE, TOLERANCE, check_shares
 from ..values.statistics import LogStatistics
 from ..values.update import Update, UpdateAudit
 from .config import ShapleyConfig
-from .passes import MicroBatch, OnePass, Pass, SecondPass, TwoPass
+from .passes import OnePass, Pass, SecondPass, TwoPass
 from .precision import Precision
+from .scorers import BackwardScorer, ForwardScorer, MicroBatch, Scorer
 
 
 STATE = "shapley.safetensors"
@@ -63,7 +64,8 @@ class Valuation:
         self.tolerance = HALF_TOLERANCE if precision.half_products else TOLERANCE
         self.momentum = momentum_of(args)
         self.rule = UpdateRule(optimizer, cast(Literal["auto", "sgd"], args.value_optimizer))
-        self.scores: Pass = make_pass(args, capture, validation, optimizer, self.rule, precision, compiled)
+        scorer: Scorer = ForwardScorer() if args.scores_forward else BackwardScorer(capture, uncompiled)
+        self.scores: Pass = make_pass(args, capture, scorer, validation, optimizer, self.rule, precision, compiled)
         self.statistics = LogStatistics([target.name for target in validation.targets])
         self._precision = precision
         self._optimizer = optimizer
@@ -166,6 +168,7 @@ def momentum_of(args: ShapleyConfig) -> Momentum:
 def make_pass(
     args: ShapleyConfig,
     capture: Capture,
+    scorer: Scorer,
     validation: Validation,
     optimizer: Optimizer,
     rule: UpdateRule,
@@ -174,7 +177,7 @@ def make_pass(
 ) -> Pass:
     scored, momentum = capture.parameters, momentum_of(args)
     if args.value_order == "first":
-        return OnePass(capture, validation, FirstOrder(optimizer, scored, rule.proxy, momentum))
+        return OnePass(capture, scorer, validation, FirstOrder(optimizer, scored, rule.proxy, momentum))
     order: SecondOrder | PathOrder | OwenOrder
     if args.value_order == "second":
         order = SecondOrder(rule, scored, momentum)
@@ -182,4 +185,5 @@ def make_pass(
         order = OwenOrder(rule, scored, args.path_nodes, closes_gap=not precision.half_weights)
     else:
         order = PathOrder(rule, scored, args.path_nodes, momentum)
-    return TwoPass(capture, validation, order, "replay" if compiled else cast(SecondPass, args.second_pass))
+    replays = compiled or args.scores_forward
+    return TwoPass(capture, scorer, validation, order, "replay" if replays else cast(SecondPass, args.second_pass))
