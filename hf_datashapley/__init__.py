@@ -9,12 +9,21 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .documents import pack_documents
     from .ledger import load_audit, load_updates, load_value_history, load_values
     from .trainer import ShapleyConfig, ShapleyTrainer
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["ShapleyConfig", "ShapleyTrainer", "load_audit", "load_updates", "load_value_history", "load_values"]
+__all__ = [
+    "ShapleyConfig",
+    "ShapleyTrainer",
+    "load_audit",
+    "load_updates",
+    "load_value_history",
+    "load_values",
+    "pack_documents",
+]
 
 _HOME = {
     "ShapleyConfig": "trainer",
@@ -23,6 +32,7 @@ _HOME = {
     "load_updates": "ledger",
     "load_value_history": "ledger",
     "load_values": "ledger",
+    "pack_documents": "documents",
 }
 
 
