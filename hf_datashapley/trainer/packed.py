@@ -21,7 +21,7 @@ from ..loss_tokens import IGNORED
 from ..random_state import RandomState, random_state_kept
 
 
-KEPT_APART = "set use_cache=False and load the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
+KEPT_APART = "set use_cache=False and load the model with attn_implementation='sdpa' or 'eager'"
 CURE = "or use one that keeps a row for each sample (DataCollatorForLanguageModeling(tokenizer, mlm=False))"
 
 
@@ -73,9 +73,11 @@ def check_samples_apart(
 
 
 def check_documents_apart(
-    model: PreTrainedModel, loss: Callable[[nn.Module, Batch], Tensor], collate: Collate, row: Any
+    model: PreTrainedModel, loss: Callable[[nn.Module, Batch], Tensor], collate: Collate, row: Any, rows: int
 ) -> None:
-    """The same of two documents in a row, whose positions begin again at the second.
+    """The same of two documents in a row, whose positions begin again at the second; in so many rows alike.
+
+    (flash_attention_2 keeps them apart where a batch has one row, and only there.)
 
     Raises:
         ValueError: the model lets the second attend to the first.
@@ -83,9 +85,9 @@ def check_documents_apart(
     alone = collate([row])
     length = alone["input_ids"].shape[1]
     batch = {
-        "input_ids": torch.as_tensor(alone["input_ids"]).repeat(1, 2),
-        "labels": torch.as_tensor(alone["labels"]).repeat(1, 2),
-        "position_ids": torch.arange(length).repeat(1, 2),
+        "input_ids": torch.as_tensor(alone["input_ids"]).repeat(rows, 2),
+        "labels": torch.as_tensor(alone["labels"]).repeat(rows, 2),
+        "position_ids": torch.arange(length).repeat(rows, 2),
     }
     batch["labels"][:, length] = IGNORED
     if not first_leaves_second_alone(model, loss, batch, length):

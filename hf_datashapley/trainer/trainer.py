@@ -140,7 +140,8 @@ class ShapleyTrainer(Trainer):
                     self._precision().half_products,
                 )
         elif args.value_unit == "document":
-            check_documents_apart(self.model, self._validation_loss, target.collate, row)
+            rows = min(2, self._train_batch_size)
+            check_documents_apart(self.model, self._validation_loss, target.collate, row, rows)
         if args.value_order == "second":
             # Every rank on all rows: each has to see for itself.
             alone = replace(self._validation, ranks=Ranks())
