@@ -98,6 +98,7 @@ def test_forms_of_groups(documents):
         ("group", {"by": {5: "a", 6: "a", 7: None, 1: "b"}}),
         ("domain", {"by": "domain", "dataset": corpus}),
         ("domain", {"by": "domain", "dataset": corpus.select([3, 2, 0])}),
+        ("domain", {"by": "domain", "dataset": corpus.rename_column("document_id", "id"), "id_column": "id"}),
         ("domain", {"by": "domain", "dataset": Dataset.from_dict({"domain": by_row})}),
         ("domain", {"by": corpus.to_pandas().set_index("document_id")["domain"]}),
         ("domain", {"by": corpus.to_pandas().set_index("document_id")["domain"].astype("category")}),
@@ -150,6 +151,8 @@ def test_groups_of_samples_in_a_ledger_of_documents(documents):
         ({"by": {5: "a"}, "dataset": Dataset.from_dict({"domain": ["a"]})}, "dataset is for.*by is a dict"),
         ({"dataset": Dataset.from_dict({"domain": ["a"]})}, "give `by` too"),
         ({"key": "sample_id"}, "give `by` too"),
+        ({"by": "d", "dataset": Dataset.from_dict({"d": ["a"]}), "id_column": "id"}, "id_column='id' is no column"),
+        ({"by": {5: "a"}, "id_column": "id"}, "id_column='id' is no column"),
         ({"by": "sample_id", "key": "sample_id"}, "by='sample_id' gives a row for each"),
         ({"by": {5: "a"}, "key": "position"}, "key='position'.*sample_id, document_id"),
         (

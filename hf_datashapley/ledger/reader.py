@@ -35,6 +35,7 @@ def load_values(
     by: By | None = None,
     dataset: Dataset | None = None,
     key: str | None = None,
+    id_column: str | None = None,
 ) -> Dataset:
     """One row for each unit that was valued, or each group of them; of the updates that all ranks have written.
 
@@ -57,9 +58,10 @@ def load_values(
         by: what to sum over: "sample_id" or "document_id", where the ledger has it, gives one row for each; or the
             name of a column of `dataset`; or the groups themselves, as a mapping {id: group}, a pandas Series with ids
             as its index, or an array or list of groups by id. A group may be None, where it is not known.
-        dataset: the `datasets.Dataset` of samples or documents whose column `by` names. Its rows are known by their
-            column "sample_id" or "document_id" (as `key` says), or by their numbers if it has none.
+        dataset: the `datasets.Dataset` of samples or documents whose column `by` names.
         key: "sample_id" or "document_id", what `by` puts into groups. None: documents, where the ledger has them.
+        id_column: the column of `dataset` with the ids of its rows. None: the one called as `key` is; without it, rows
+            are known by their numbers.
 
     Raises:
         FileNotFoundError: the directory holds no ledger.
@@ -71,7 +73,7 @@ def load_values(
     columns = value_columns(targets)
     if normalize not in (None, "update"):
         raise ValueError(f"normalize={normalize!r} is not offered: choose 'update', or None")
-    level, groups = _level_and_groups(by, dataset, key, keys)
+    level, groups = _level_and_groups(by, dataset, key, id_column, keys)
     rows = _table(directory, "values", values_schema(targets, manifest["unit"]), from_step, to_step)
     if normalize == "update":
         rows = _normalized(rows, keys, columns)
@@ -124,10 +126,12 @@ def load_audit(value_dir: str | Path, from_step: int | None = None, to_step: int
 
 
 def _level_and_groups(
-    by: By | None, dataset: Dataset | None, key: str | None, keys: list[str]
+    by: By | None, dataset: Dataset | None, key: str | None, id_column: str | None, keys: list[str]
 ) -> tuple[list[str], Groups | None]:
     """The keys of the rows that are summed first, and the groups of these."""
     ids = [name for name in keys if name in COUNTED]
+    if id_column is not None and (dataset is None or id_column not in dataset.column_names):
+        raise ValueError(f"id_column={id_column!r} is no column of `dataset`: name the one with the ids of its rows")
     if by is None:
         if dataset is not None or key is not None:
             raise ValueError("dataset and key are for groups: give `by` too, as a column's name or as the groups")
@@ -144,7 +148,7 @@ def _level_and_groups(
     if key is not None and key not in ids:
         raise ValueError(f"key={key!r}: this ledger's rows are known by {', '.join(ids)}: choose one of these")
     key = key or ids[-1]
-    return [key], read_groups(by, dataset, key)
+    return [key], read_groups(by, dataset, id_column or key)
 
 
 def _summed(rows: pa.Table, keys: list[str], columns: list[str]) -> pa.Table:

@@ -167,6 +167,7 @@ class ShapleyTrainer(Trainer):
         by: By | None = None,
         dataset: datasets.Dataset | None = None,
         key: str | None = None,
+        id_column: str | None = None,
     ) -> datasets.Dataset:
         """One row for each unit trained on so far, or each group of them, see `load_values`.
 
@@ -176,7 +177,7 @@ class ShapleyTrainer(Trainer):
         own = dataset is None and key in (None, "sample_id")
         if own and isinstance(by, str) and by not in unit_keys(self.args.value_unit):
             by, key = Groups.of_column(self.train_dataset, by, self.args.sample_id_column), "sample_id"
-        return load_values(self.value_dir, from_step, to_step, normalize, by, dataset, key)
+        return load_values(self.value_dir, from_step, to_step, normalize, by, dataset, key, id_column)
 
     def value_history(self, from_step: int | None = None, to_step: int | None = None) -> datasets.Dataset:
         """One row for each update and unit in it, see `load_value_history`."""
