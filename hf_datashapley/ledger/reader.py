@@ -11,7 +11,7 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 from transformers.utils import logging
 
-from .layout import audit_schema, complete_parts, read_manifest, updates_schema, value_columns, values_schema
+from .layout import audit_schema, complete_parts, damaged, read_manifest, updates_schema, value_columns, values_schema
 
 
 logger = logging.get_logger(__name__)
@@ -41,8 +41,10 @@ def load_value_history(value_dir: str | Path) -> Dataset:
 def load_updates(value_dir: str | Path) -> Dataset:
     """One row for each update, by `step`.
 
-    Columns: `step` int32; `skipped` bool (no step was made, or something was not finite: the values are 0); `clip`
-    float64, by which clipping scaled the gradient; `learning_rate` float64 of the first parameter group;
+    Columns: `step` int32; `skipped` bool (the values are 0, because no step was made, or because one was and the loss
+    or a value was not finite, of which a warning was given; a validation gradient that leaves fp16's range is not such
+    a case, it is computed again with a smaller scale); `clip` float64, by which clipping scaled the gradient;
+    `learning_rate` float64 of the first parameter group;
     `validation_loss` float64 (or `validation_loss_<target>`), the mean token loss on the rows that it was scored
     against, before the update; with order "path", the mean along the update's path.
     """
@@ -96,10 +98,7 @@ def _table(directory: Path, kind: str, schema: pa.Schema) -> pa.Table:
         try:
             table = pq.read_table(part.path, schema=schema)
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{part.path} is missing or damaged ({error}): put a copy of it back; without one, its updates have "
-                "no values, and the run has to be resumed from a checkpoint before them"
-            ) from error
+            raise damaged(part, error) from error
         tables.append(table if part.last <= complete.last else table.filter(pc.field("step") <= complete.last))
     return pa.concat_tables(tables)
 
