@@ -13,6 +13,7 @@ were enough kills.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -78,6 +79,15 @@ def train(folder: str, setting: Setting, rank: int, port: int) -> None:
     if setting.processes > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": setting.processes, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="localhost")
+    make_and_run(folder, setting)
+    if setting.processes > 1:
+        # Only when nothing holds DDP's wrapper any more: a process whose run was over has been seen to hang where
+        # Python frees what the function held, while a thread that was not Python's waited for Python.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def make_and_run(folder: str, setting: Setting) -> None:
     torch.manual_seed(0)
     shape: dict[str, Any] = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": LENGTH, "vocab_size": VOCABULARY}
     trainer = ShapleyTrainer(
@@ -105,8 +115,6 @@ def train(folder: str, setting: Setting, rank: int, port: int) -> None:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    if setting.processes > 1:
-        dist.destroy_process_group()
 
 
 class Attempt:

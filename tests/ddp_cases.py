@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from loss_scaling import OnCPU, PlainOverflowing
 from models import build, collate, dataset, text_rows
 from oracles import Float64
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
@@ -29,12 +30,16 @@ class Case:
     equal_rows: bool = False
     stream: bool = False
     packed: bool = False
+    overflows: bool = False  # the first update, in fp16
+    spare: bool = False  # a layer that no loss reaches
+    wrapping: dict[str, Any] = field(default_factory=dict)  # what DDP is told that no setting says
 
 
 SGD = {"optim": "sgd", "learning_rate": 1e-1}
 ADAM = {"optim": "adamw_torch_fused", "learning_rate": 1e-3}
 PATH = {"value_order": "path"}
 OWEN = {"value_order": "path", "path_slope": "owen"}
+STATIC = {"ddp_static_graph": True, "gradient_accumulation_steps": 1, "value_kernel": "project"}
 DOUBLE: dict[str, Any] = {"dtype": torch.float64, "tolerance": 1e-7}
 CASES = {
     "first": Case(SGD, parity=True),
@@ -59,14 +64,22 @@ CASES = {
     "packed": Case(SGD, "llama", packed=True),
     "adapters": Case(SGD, "llama-lora"),
     "bf16": Case({**SGD, "bf16": True}, tolerance=3e-2),
+    "fp16": Case({**SGD, "fp16": True}, tolerance=5e-3),
+    "fp16 overflowing": Case({**SGD, "fp16": True}, tolerance=5e-3, overflows=True),
+    "unused parameters": Case({**SGD, "ddp_find_unused_parameters": True}, spare=True, parity=True),
+    "unused parameters not sought": Case(
+        {**SGD, "ddp_find_unused_parameters": False, "value_kernel": "project"}, parity=True
+    ),
+    "gradients in buckets": Case(
+        {**ADAM, "value_kernel": "project"}, wrapping={"gradient_as_bucket_view": True}, parity=True, **DOUBLE
+    ),
+    # With accumulation torch itself fails, also without values.
+    "static graph": Case({**SGD, **STATIC}, parity=True),
+    "static graph replayed": Case({**ADAM, **PATH, **STATIC, "second_pass": "replay"}, parity=True, **DOUBLE),
     "dispatched": Case({**SGD, "accelerator_config": {"dispatch_batches": True}}, equal_rows=True),
     "ragged": Case({**SGD, "gradient_accumulation_steps": 1}, rows=21, batch=4),
     "poisoned": Case({**SGD, "max_grad_norm": 0.0}, poisoned=True),
 }
-
-
-def not_finite(outputs, labels, num_items_in_batch=None):
-    return outputs.logits.sum() * 1e39
 
 
 class Poison(TrainerCallback):
@@ -114,6 +127,35 @@ def arguments(case, folder, batch):
     }
 
 
+class Scaled(OnCPU, ShapleyTrainer):
+    pass
+
+
+class Overflowing(PlainOverflowing, ShapleyTrainer):
+    pass
+
+
+def trainer_class_of(case):
+    """fp16 needs a trainer that brings its scaler along on a CPU."""
+    if case.overflows:
+        return Overflowing
+    return Scaled if case.settings.get("fp16") else ShapleyTrainer
+
+
+def model_of(case):
+    model = build(case.model, dtype=case.dtype)
+    if case.spare:
+        model.spare = torch.nn.Linear(3, 3)
+    return model
+
+
+def told(trainer, case):
+    """DDP wraps the model when training begins."""
+    for name, value in case.wrapping.items():
+        setattr(trainer.accelerator.ddp_handler, name, value)
+    return trainer
+
+
 def rows_of(case):
     rows = text_rows(case.rows)
     if case.equal_rows:
@@ -124,24 +166,26 @@ def rows_of(case):
 def make(folder, case, batch):
     targets = {f"t{k}": dataset(text_rows(count, seed=20 + k)) for k, count in enumerate(case.validation)}
     rows = dataset(rows_of(case), ids=range(100, 100 + case.rows))
-    return ShapleyTrainer(
-        build(case.model, dtype=case.dtype),
+    trainer = trainer_class_of(case)(
+        model_of(case),
         ShapleyConfig(**arguments(case, folder, batch)),
         train_dataset=rows.to_iterable_dataset() if case.stream else rows,
         validation_dataset=targets,
         data_collator=DataCollatorWithFlattening() if case.packed else collate,
         compute_loss_func=summed_over_count if case.own_loss else None,
     )
+    return told(trainer, case)
 
 
 def plain(folder, case, batch):
     own = {key: value for key, value in arguments(case, folder, batch).items() if hasattr(TrainingArguments, key)}
-    return Trainer(
-        build(case.model, dtype=case.dtype),
+    trainer = Trainer(
+        model_of(case),
         TrainingArguments(**{**own, "output_dir": str(folder)}),
         train_dataset=dataset(rows_of(case)),
         data_collator=collate,
     )
+    return told(trainer, case)
 
 
 def train(trainer, case):

@@ -17,6 +17,7 @@ Shapes: B micro-batch, T tokens, V vocabulary.
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,12 @@ class Float64(TorchFunctionMode):
             return args[0].double()
         if func is torch.Tensor.uniform_ and args[0].dtype == torch.float64:
             return args[0].copy_(torch.empty(args[0].shape, dtype=torch.float32).uniform_(*args[1:], **kwargs))
-        args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
-        kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
+        for argument in args:  # a plain loop: this runs at every look at a tensor, and seldom finds one
+            if argument is torch.float32:
+                args = tuple(torch.float64 if each is torch.float32 else each for each in args)
+                break
+        if kwargs:
+            kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
@@ -193,11 +198,16 @@ def first_order_factor(
     return torch.where(second_moment > 0, -rate * share / (root + group["eps"]), 0.0)
 
 
+@cache
+def settings_of(optimizer: type) -> frozenset[str]:
+    return frozenset(inspect.signature(optimizer).parameters)
+
+
 def real_step(
     optimizer: type, group: Mapping[str, Any], state: Mapping[str, Any], weight: Tensor, gradient: Tensor
 ) -> Tensor:
     """D(gradient): the change that torch's own optimizer makes, in float64, from a copy of its state."""
-    known = inspect.signature(optimizer).parameters
+    known = settings_of(optimizer)
     parameter = nn.Parameter(weight.double().clone())
     instance = optimizer([parameter], **{key: value for key, value in group.items() if key in known})
     for key, value in state.items():

@@ -48,6 +48,7 @@ def prepare(
     make_optimizer=None,
     *,
     dropout=0.0,
+    layers=2,
     attention="sdpa",
     dtype=torch.float32,
     targets=("",),
@@ -63,7 +64,7 @@ def prepare(
 
     train_dataset: how the trainer is given `rows`, if not as a `datasets.Dataset`.
     """
-    model = build(model_name, dropout=dropout, attention=attention, dtype=dtype)
+    model = build(model_name, dropout=dropout, layers=layers, attention=attention, dtype=dtype)
     twin = copy.deepcopy(model).double()
     rows = rows_for(model_name, 12) if rows is None else rows
     validation = {

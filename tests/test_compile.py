@@ -84,17 +84,18 @@ def test_batches_of_other_sizes_and_recomputed_activations(tmp_path):
     trainer, replay = compiled(
         tmp_path,
         "llama",
+        layers=1,  # torch compiles four times or more
         rows=text_rows(11),
         validation_rows=text_rows(5, seed=100),
         per_device_train_batch_size=3,
         gradient_accumulation_steps=2,
         gradient_checkpointing=True,
-        num_train_epochs=3,
+        num_train_epochs=2,
     )
     trainer.train()
     assert {len(m.inputs["input_ids"]) for update in trainer.updates for m in update.micro_batches} == {2, 3}
     assert_history(trainer, replay, FLOAT32)
-    first_epoch = len(trainer.graphs) // 3
+    first_epoch = len(trainer.graphs) // 2
     assert len(set(trainer.graphs[first_epoch:])) == 1 and trainer.graphs[-1] <= 6
     assert not counters["graph_break"]
 
@@ -103,7 +104,7 @@ def test_batches_of_other_sizes_and_recomputed_activations(tmp_path):
 def test_bf16_autocast(tmp_path):
     """GPT-2's graph breaks at a warning of transformers, also without values."""
     trainer, replay = compiled(
-        tmp_path, "gpt2", two_groups(SGD, momentum=0.9), bf16=True, value_kernel="project", max_steps=2
+        tmp_path, "gpt2", two_groups(SGD, momentum=0.9), layers=1, bf16=True, value_kernel="project", max_steps=2
     )
     replay.loss_tolerance = 1e-2
     trainer.train()

@@ -49,7 +49,9 @@ def test_values_are_those_of_one_process(launched, tmp_path, name):
         assert found["audit"][column] == pytest.approx(truth["audit"][column], rel=1e-6, abs=1e-12)
     updates = load_updates(launched / name / "values")[:]
     for column, values in load_updates(one.value_dir)[:].items():
-        assert updates[column] == pytest.approx(values, rel=1e-5), column
+        # A scaled gradient that overflowed was clipped by a factor that is no number.
+        assert updates[column] == pytest.approx(values, rel=1e-5, nan_ok=case.overflows), column
+    assert updates["skipped"] == [case.overflows and step == 1 for step in updates["step"]]
 
 
 @pytest.mark.parametrize("name", ["first", "owen"])
@@ -73,9 +75,12 @@ def test_training_is_that_of_plain_trainer(launched, name):
 
 
 def test_a_rank_may_ask_for_values_by_itself(launched):
-    """Midway it sees the updates that all ranks have written; the other rank is not waited for."""
+    """It sees the updates that all ranks have written; the others are not waited for, nor asked to write.
+
+    The first asks after update 1, which it alone has written then; the second after update 2, when both have 1.
+    """
     first, second = found_by(launched, "first")
-    assert first["midway"] in (0, 1) and second["midway"] is None
+    assert (first["midway"], second["midway"]) == (0, 1)
 
 
 def test_duplicates_of_even_batches_count_as_trained_on(launched):

@@ -13,10 +13,13 @@ from hf_datashapley import load_values
 FOLDER = Path(__file__).parents[1] / "examples" / "swap_trainer"
 
 
-def launch(script: str, output_dir: Path) -> list[float]:
+LAUNCHER = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+
+
+def run(script: str, output_dir: Path, launcher: list[str]) -> list[float]:
     """Runs a script and gives its logged losses."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
-    command += [str(FOLDER / script), "--output_dir", str(output_dir), "--use_cpu", "True", "--report_to", "none"]
+    command = [sys.executable, *launcher, str(FOLDER / script), "--output_dir", str(output_dir)]
+    command += ["--use_cpu", "True", "--report_to", "none"]
     command += ["--max_steps", "4", "--logging_steps", "1", "--save_steps", "4"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -25,8 +28,9 @@ def launch(script: str, output_dir: Path) -> list[float]:
 
 
 def test_both_scripts_train_alike_and_one_leaves_values(tmp_path):
-    plain = launch("train.py", tmp_path / "plain")
-    valued = launch("train_with_values.py", tmp_path / "valued")
+    """The plain one, of which nothing is ours, without the launcher: the same in one process."""
+    plain = run("train.py", tmp_path / "plain", [])
+    valued = run("train_with_values.py", tmp_path / "valued", LAUNCHER)
     assert len(plain) == 4
     assert all(abs(a - b) <= 1e-5 * a for a, b in zip(plain, valued, strict=True))
     values = load_values(tmp_path / "valued" / "values")

@@ -2,15 +2,15 @@
 
 Values are held against those of float64 at the same weights. What half precision costs are the products of training's
 own backward pass and of the validation gradient, of 0.4 % (bfloat16) or 0.05 % (float16) each; the inner products and
-sums that are made of them are in float32.
-
-accelerate makes no loss scaler on a CPU, where fp16 is of no use. `OnCPU` gives it torch's own for the CPU; everything
-after that (autocast, accelerate's backward and clipping, the optimizers' own ways to skip) is what runs on a GPU.
+sums that are made of them are in float32. fp16 runs here as on a GPU, see `loss_scaling`.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from loss_scaling import OnCPU, PlainOverflowing
 from models import build, collate, dataset, text_rows
 from oracles import gradient, relative_error, trainable
 from prepared import ORDERS, config, prepare, two_groups
@@ -231,26 +231,6 @@ def test_bf16_autocast_of_weights_in_bf16(tmp_path, order):
 # fp16: the loss is scaled, and updates whose scaled gradient overflows are skipped.
 
 
-class OnCPU(Trainer):
-    """Trains in fp16 on a CPU, with a loss scale that an overflow takes to 2^16."""
-
-    scale = 2.0**16
-
-    def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess()
-        assert self.accelerator.mixed_precision == "fp16" and self.accelerator.scaler is None
-        self.accelerator.native_amp = True
-        self.accelerator.scaler = torch.amp.GradScaler(
-            "cpu", init_scale=self.scale, backoff_factor=0.5 if self.scale == 2.0**16 else 2.0**16 / self.scale
-        )
-
-
-class PlainOverflowing(OnCPU):
-    """Its first update overflows."""
-
-    scale = 2.0**40
-
-
 class Scaled(OnCPU, Recorder):
     pass
 
@@ -339,6 +319,62 @@ def test_an_update_that_overflows_has_no_values(tmp_path, monkeypatch, order, ma
     assert not warnings, "an overflow is nothing to be warned of"
     steps = (3,) if make_optimizer is ADAMW_FUSED and plain_slope(order) else (2, 3)
     assert_history(trainer, replay, 2e-2 if make_optimizer is MOMENTUM else 15e-2, steps=steps)
+
+
+class ValidationOverflowing(Scaled):
+    """Training's gradients stay in range at its scale; that of the validation loss is far too large, and counted."""
+
+    def _make_validation(self):
+        self.passes = []
+        return replace(super()._make_validation(), loss_scale=lambda: torch.tensor(2.0**26))
+
+    def _validation_loss(self, model, batch):
+        self.passes.append(self.state.global_step + 1)
+        return super()._validation_loss(model, batch)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"validation_interval": 2}, ORDERS["path"], ORDERS["owen"]],
+    ids=["first, stale", "path", "owen"],
+)
+def test_a_validation_gradient_that_overflows_is_computed_again(tmp_path, monkeypatch, settings):
+    """With a smaller scale; the optimizer's step was made, so the update has its values, as any other."""
+    warnings = []
+    monkeypatch.setattr("hf_datashapley.ledger.writer.logger.warning", warnings.append)
+    trainer, replay = prepare(
+        tmp_path,
+        "gpt2",
+        MOMENTUM,
+        trainer_class=ValidationOverflowing,
+        fp16=True,
+        gradient_accumulation_steps=1,
+        max_steps=3,
+        validation_batch_size=2,
+        **settings,
+    )
+    replay.loss_tolerance = 5e-3
+    trainer.train()
+    assert not any(load_updates(trainer.value_dir)["skipped"]) and not warnings
+    assert_history(trainer, replay, 2e-2)
+    # Of two rows a pass; the gradient at scales 2^26, 2^18 and 2^10, where it is in range.
+    if "validation_interval" in settings:
+        assert trainer.passes == [1, 1, 1, 3, 3, 3]
+
+
+def test_a_validation_loss_that_is_not_finite_is_not_computed_again(tmp_path, monkeypatch):
+    """No scale would mend it. The update is listed as skipped, and warned of: it has no values, though it stepped."""
+
+    class Poisoned(ValidationOverflowing):
+        def _validation_loss(self, model, batch):
+            return super()._validation_loss(model, batch) * (torch.nan if self.state.global_step == 1 else 1.0)
+
+    warnings = []
+    monkeypatch.setattr("hf_datashapley.ledger.writer.logger.warning", warnings.append)
+    trainer, _ = prepare(tmp_path, "gpt2", MOMENTUM, trainer_class=Poisoned, fp16=True, max_steps=3)
+    trainer.train()
+    assert load_updates(trainer.value_dir)["skipped"][:] == [False, True, False]
+    assert trainer.passes.count(2) == 1 and len(warnings) == 1
 
 
 @pytest.mark.parametrize("order", [ORDERS["first"], ORDERS["replayed"], ORDERS["owen"]], ids=["first", "path", "owen"])

@@ -1,12 +1,19 @@
 """Runs as people launch them: adapters, recomputed activations."""
 
+from collections import Counter
+
 import pytest
 import torch
-from models import ADAPTERS
+from models import ADAPTERS, build, collate, dataset, text_rows
 from oracles import Float64, relative_error
-from prepared import ORDERS, prepare, two_groups
+from prepared import ORDERS, config, prepare, two_groups
 from recorder import assert_history
 from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import Trainer
+
+from hf_datashapley import ShapleyTrainer
 
 
 FLOAT32 = 1e-5
@@ -28,6 +35,59 @@ def test_adapters(tmp_path, name, order):
             assert parameter.grad is None and torch.equal(parameter, frozen[n])
     assert all(site.parameters.keys() <= {"weight", "bias"} for site in trainer._capture._sites.values())
     assert not any("base_layer" in site.name for site in trainer._capture._sites.values())
+
+
+class CountedProducts(TorchDispatchMode):
+    """FLOPs of matrix products, by the memory of the weight among their factors; of all others under None."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = weights
+        self.flops = Counter()
+
+    def __torch_dispatch__(self, operator, types, arguments=(), kwargs=None):
+        out = operator(*arguments, **(kwargs or {}))
+        if operator._overloadpacket in flop_registry:
+            flops = flop_registry[operator._overloadpacket](*arguments, **(kwargs or {}), out_val=out)
+            factors = [x.untyped_storage().data_ptr() for x in arguments if isinstance(x, torch.Tensor)]
+            self.flops[next((self.weights[f] for f in factors if f in self.weights), None)] += flops
+        return out
+
+
+@pytest.mark.parametrize("kernel", ["fused", "project"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_frozen_weights_cost_nothing(tmp_path, name, kernel):
+    """Counted, not timed, in an update whose validation rows are its training rows.
+
+    With a frozen weight the products are those of plain training and of the validation gradient, not one more. A
+    frozen layer's weight gradient would be among the products of no weight; "fused" adds its inner products to those,
+    of each sample with each weight that trains, and "project" a product as large as each weight gradient.
+    """
+    rows = text_rows(4, ragged_labels=False)
+    counts = []
+    for trainer_class in (Trainer, ShapleyTrainer):
+        model = build(name)
+        settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 1}
+        values = {"validation_dataset": dataset(rows)} if trainer_class is ShapleyTrainer else {}
+        trainer = trainer_class(
+            model,
+            config(tmp_path / trainer_class.__name__, validation_batch_size=4, value_kernel=kernel, **settings),
+            train_dataset=dataset(rows),
+            data_collator=collate,
+            **values,
+        )
+        matrices = {p.untyped_storage().data_ptr(): n for n, p in model.named_parameters() if p.ndim == 2}
+        with CountedProducts(matrices) as counted:
+            trainer.train()
+        frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+        assert all(parameter.grad is None for parameter in frozen.values())
+        counts.append(counted.flops)
+    plain, valued = counts
+    assert any("base_layer.weight" in n for n in plain if n)
+    assert {n: valued[n] for n in frozen} == {n: 2 * plain[n] for n in frozen}
+    inner = 2 * len(rows) * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    extra = valued[None] - 2 * plain[None]
+    assert extra == inner if kernel == "fused" else plain[None] <= extra <= plain[None] + inner
 
 
 @pytest.mark.parametrize(("kernel", "reentrant"), [("fused", False), ("fused", True), ("project", False)])

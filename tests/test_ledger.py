@@ -326,19 +326,28 @@ def test_what_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
 LIMITED = """
 import resource, sys
 sys.path.insert(0, {tests!r})
-from test_resume import make
-trainer = make({folder!r}, save_strategy="no", max_steps=400, logging_steps=1)
+from test_ledger import trained
+from transformers import TrainerCallback
 from hf_datashapley.ledger import writer
-writer.ROWS_PER_PART = 4 * 100
-resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
-trainer.train()
+
+class Full(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            run.value_history()  # what there is so far is written now
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+
+writer.ROWS_PER_PART = 8
+run = trained({folder!r}, save_strategy="no", max_steps=40, callbacks=[Full()])
+run.train()
 """
 
 
 @pytest.mark.slow
 def test_a_run_ends_where_its_ledger_cannot_grow(tmp_path):
-    """The operating system refuses a part of 400 rows, a real failure of a real write."""
+    """The operating system refuses to write, after some parts of two updates each: these stay, and can be read."""
     code = LIMITED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert process.returncode == 1
     assert process.stderr.count("could not be written (File too large): make room there") == 1
+    assert load_updates(tmp_path / "values")["step"] == [1, 2, 3, 4, 5, 6]
+    assert not list((tmp_path / "values").glob("*.tmp"))

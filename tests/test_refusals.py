@@ -1,8 +1,12 @@
 """What cannot be valued exactly is refused by name, with the cure, before anything is trained."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DDPCommunicationHookType
 from datasets import Dataset
 from models import build, collate, dataset, text_rows
 from peft import IA3Config, PromptTuningConfig, get_peft_model
@@ -142,6 +146,32 @@ def test_launches_that_this_machine_cannot_make(tmp_path, setting, value, named,
     rows = dataset(text_rows(4))
     with pytest.raises(ValueError, match=named) as error:
         ShapleyTrainer(build("gpt2"), args, train_dataset=rows, validation_dataset=rows, data_collator=collate)
+    assert cure in str(error.value)
+
+
+class Compressing(ShapleyTrainer):
+    """DDP has settings that no training argument sets."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.ddp_handler.comm_hook = DDPCommunicationHookType.BF16
+
+
+@pytest.mark.parametrize(
+    "trainer_class, settings, named, cure",
+    [
+        (ShapleyTrainer, {"auto_find_batch_size": True}, "auto_find_batch_size in several", "per_device_train_batch"),
+        (Compressing, {}, "communication hook bf16", "comm_hook"),
+    ],
+)
+def test_what_goes_in_one_process_only(tmp_path, monkeypatch, trainer_class, settings, named, cure):
+    args = ShapleyConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **settings)
+    rows = dataset(text_rows(4))
+    for processes in (1, 2):
+        monkeypatch.setattr(Accelerator, "num_processes", property(lambda self, count=processes: count))
+        expected = pytest.raises(ValueError, match=named) if processes == 2 else nullcontext()
+        with expected as error:
+            trainer_class(build("gpt2"), args, train_dataset=rows, validation_dataset=rows, data_collator=collate)
     assert cure in str(error.value)
 
 

@@ -7,22 +7,32 @@ import sys
 from pathlib import Path
 
 import pytest
+from loss_scaling import PlainOverflowing
 from models import build, collate, dataset, text_rows
-from transformers import TrainerCallback
+from transformers import DataCollatorWithFlattening, TrainerCallback
 
 from hf_datashapley import ShapleyConfig, ShapleyTrainer, load_audit, load_updates, load_value_history
 
 
 UPDATES = 12
-ORDERS = {
+
+
+class Overflowing(PlainOverflowing, ShapleyTrainer):
+    pass
+
+
+RUNS = {
     "first": {},
     "stale gradient": {"validation_interval": 5, "audit_steps": 1},
     "path": {"value_order": "path", "audit_steps": 2},
     "owen": {"value_order": "path", "path_slope": "owen"},
+    # Its first update overflows: the loss scale, too, is what a run goes on with.
+    "fp16": {"trainer_class": Overflowing, "fp16": True, "max_grad_norm": 0.0, "audit_steps": 4},
+    "packed": {"data_collator": DataCollatorWithFlattening(), "value_order": "path", "second_pass": "replay"},
 }
 
 
-def make(folder, **settings):
+def make(folder, trainer_class=ShapleyTrainer, data_collator=collate, **settings):
     """12 updates with dropout, clipping, accumulation 2, a checkpoint every 3, two of them kept."""
     arguments = {
         "per_device_train_batch_size": 2,
@@ -39,12 +49,12 @@ def make(folder, **settings):
         "value_kernel": "project",
         **settings,
     }
-    return ShapleyTrainer(
+    return trainer_class(
         build("gpt2", dropout=0.1),
         ShapleyConfig(output_dir=str(folder), **arguments),
         train_dataset=dataset(text_rows(20), ids=range(100, 120)),
         validation_dataset={"a": dataset(text_rows(5, seed=8)), "b": dataset(text_rows(4, seed=9))},
-        data_collator=collate,
+        data_collator=data_collator,
     )
 
 
@@ -61,17 +71,22 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("after", [4, 8])
-@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-def test_values_are_those_of_a_run_never_interrupted(tmp_path, order, after):
-    make(tmp_path / "whole", **order).train()
-    broken = make(tmp_path / "broken", **order)
-    broken.add_callback(Interrupt(after))
-    with pytest.raises(KeyboardInterrupt):
-        broken.train()
-    assert len(load_updates(tmp_path / "broken" / "values")) == after
-    make(tmp_path / "broken", **order).train(resume_from_checkpoint=True)
-    assert tables(tmp_path / "broken") == tables(tmp_path / "whole")
+@pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
+def test_values_are_those_of_a_run_never_interrupted(tmp_path, settings):
+    """Interrupted twice, after updates 4 and 8: it goes on from updates 3 and 6."""
+    make(tmp_path / "whole", **settings).train()
+    for after in (4, 8, None):
+        run = make(tmp_path / "broken", **settings)
+        if after is None:
+            run.train(resume_from_checkpoint=True)
+        else:
+            run.add_callback(Interrupt(after))
+            with pytest.raises(KeyboardInterrupt):
+                run.train(resume_from_checkpoint=after > 4)
+            assert len(load_updates(tmp_path / "broken" / "values")) == after
+    found = tables(tmp_path / "broken")
+    assert found == tables(tmp_path / "whole")
+    assert sum(found[1]["skipped"]) == ("fp16" in settings)
 
 
 def test_an_earlier_checkpoint_discards_what_came_after(tmp_path):
@@ -83,10 +98,10 @@ def test_an_earlier_checkpoint_discards_what_came_after(tmp_path):
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "kill_and_resume.py"
+# With a validation gradient that the checkpoint has to hold, which is more than without.
 KILLS = {
-    "one process": ["--kills", "4", "--updates", "20"],
-    "stale gradient": ["--kills", "2", "--updates", "20", "--validation_interval", "4"],
-    "two processes": ["--kills", "2", "--updates", "12", "--processes", "2"],
+    "one process": ["--kills", "2", "--updates", "12", "--validation_interval", "4"],
+    "two processes": ["--kills", "1", "--updates", "9", "--processes", "2", "--validation_interval", "4"],
 }
 
 
@@ -158,6 +173,24 @@ def test_a_missing_part_is_named(tmp_path):
     next(values.glob("values-000000004-*")).unlink()
     with pytest.raises(ValueError, match="up to 3, and a part of its 1 ranks begins with 7"):
         tables(tmp_path / "run")
+
+
+def test_a_missing_audit_is_named(tmp_path):
+    """Not every part has one: the updates that it covers tell whether it had. Values are read without."""
+    make(tmp_path / "run", audit_steps=5).train()
+    values = Path(tmp_path / "run" / "values")
+    audits = sorted(values.glob("audit-*"))
+    assert [path.name[6:15] for path in audits] == ["000000004", "000000010"], "with updates 5 and 10"
+    assert load_audit(values)["step"] == [5, 5, 10, 10]
+    audits[0].rename(tmp_path / "aside")
+    with pytest.raises(ValueError, match=f"{audits[0].name} is missing or damaged.*put a copy of it back"):
+        load_audit(values)
+    assert len(load_updates(values)) == UPDATES and load_value_history(values)["step"][-1] == UPDATES
+    (tmp_path / "aside").rename(audits[0])
+    updates = next(values.glob("updates-000000007-*"))
+    updates.unlink()
+    with pytest.raises(ValueError, match=f"{updates.name} is missing or damaged"):
+        load_audit(values)
 
 
 def test_rows_of_updates_that_are_not_listed_are_not_read(tmp_path):

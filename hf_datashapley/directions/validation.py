@@ -29,6 +29,9 @@ from ..ranks import Ranks
 Batch = Mapping[str, Any]
 Collate = Callable[[list[Any]], Batch]
 
+# By which the loss is scaled less when its gradient has left float16's range, once and again.
+SMALLER_SCALES = (1.0, 2.0**-8, 2.0**-16, 2.0**-24)
+
 
 @dataclass
 class ValidationTarget:
@@ -119,11 +122,33 @@ class Validation:
         Both are summed up, and returned, in full precision.
 
         `differentiate` makes something else of a loss, linear in it and of the shapes of `parameters`.
+
+        With a loss scale, the pass is made again with a smaller one where a gradient has overflowed: training's own
+        may be in range, and step. To see that, the host waits for the device, as the scaler does at every step. The
+        scale is looked for afresh each time, so that a run that is resumed makes the same passes.
         """
-        chosen = list(parameters.values())
         if differentiate is None:
+            chosen = list(parameters.values())
             differentiate = partial(torch.autograd.grad, inputs=chosen, materialize_grads=True)
         scale = self.loss_scale()
+        if scale is None:
+            return self._gradients(model, parameters, update, differentiate, None)
+        for smaller in SMALLER_SCALES:
+            found, losses = self._gradients(model, parameters, update, differentiate, scale * smaller)
+            # All ranks hold the same bits, so all see the same. No scale mends a loss that is not finite.
+            if not overflowed(found, losses):
+                break
+        return found, losses
+
+    def _gradients(
+        self,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        update: int,
+        differentiate: Callable[[Tensor], Sequence[Tensor]],
+        scale: Tensor | None,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        chosen = list(parameters.values())
         per_target = []
         losses = []
         with evaluating(model), random_state_kept():
@@ -185,6 +210,12 @@ class Validation:
         for batch, count in batches:
             if count:  # a collator that masks at random may leave a row without a label
                 yield in_full(self.loss(model, batch)) * (count / total)
+
+
+def overflowed(gradients: dict[str, Tensor], losses: Tensor) -> bool:
+    """Whether a target's loss is finite and its gradient is not; waits for the device."""
+    finite = torch.stack([gradient.flatten(1).isfinite().all(1) for gradient in gradients.values()]).all(0)
+    return bool((losses.isfinite() & ~finite).any())
 
 
 def defined(losses: Tensor, tokens: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
     ledger.json         the manifest: format, targets, unit, settings of the run
     values-*.parquet    step, the keys of a unit, tokens, one float32 column for each target; of a rank's own samples
     updates-*.parquet   step, skipped, clip, learning_rate, validation loss for each target; by the first rank
-    audit-*.parquet     step, target, samples, carried, predicted, actual; by the first rank, where asked for
+    audit-*.parquet     step, target, samples, carried, predicted, actual; by the first rank, where asked for: the
+                        part of the updates says in its metadata ("audited") whether one belongs to it
 
     KIND-<first update>-<last update>-<rank>-of-<ranks>.parquet
 
@@ -20,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 
 KINDS = ("values", "updates", "audit")
 MANIFEST = "ledger.json"
 FORMAT = 1
+# Key of the Parquet metadata of a part of the updates.
+AUDITED = b"audited"
 UNITS = ("sample", "document", "token")
 KEY_TYPES = {"sample_id": pa.int64(), "document_id": pa.int64(), "position": pa.int32()}
 
@@ -99,11 +103,27 @@ class Complete:
     values: list[Part]
 
     def of_kind(self, kind: str) -> list[Part]:
-        """Updates and audits are the first rank's, audits where it has any."""
+        """Updates and audits are the first rank's; audits where its updates say that there are any."""
         if kind == "values":
             return self.values
-        found = [replace(part, kind=kind) for part in self.values if part.rank == 0]
-        return [part for part in found if kind == "updates" or part.path.exists()]
+        updates = [replace(part, kind="updates") for part in self.values if part.rank == 0]
+        return updates if kind == "updates" else [replace(part, kind=kind) for part in updates if is_audited(part)]
+
+
+def is_audited(updates: Part) -> bool:
+    """Whether a part of the audits was written with this one of the updates, so that a lost one is missed."""
+    try:
+        metadata = pq.read_schema(updates.path).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(updates, error) from error
+    return metadata.get(AUDITED) == b"yes"
+
+
+def damaged(part: Part, error: Exception) -> ValueError:
+    return ValueError(
+        f"{part.path} is missing or damaged ({error}): put a copy of it back; without one, its updates have "
+        "no values, and the run has to be resumed from a checkpoint before them"
+    )
 
 
 def complete_parts(directory: Path) -> Complete:

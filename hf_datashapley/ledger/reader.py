@@ -16,6 +16,7 @@ from .groups import COUNTED, By, Groups, read_groups, sum_groups
 from .layout import (
     audit_schema,
     complete_parts,
+    damaged,
     read_manifest,
     unit_keys,
     updates_schema,
@@ -99,8 +100,10 @@ def load_value_history(value_dir: str | Path, from_step: int | None = None, to_s
 def load_updates(value_dir: str | Path, from_step: int | None = None, to_step: int | None = None) -> Dataset:
     """One row for each update, by `step`.
 
-    Columns: `step` int32; `skipped` bool (no step was made, or something was not finite: the values are 0); `clip`
-    float64, by which clipping scaled the gradient; `learning_rate` float64 of the first parameter group;
+    Columns: `step` int32; `skipped` bool (the values are 0, because no step was made, or because one was and the loss
+    or a value was not finite, of which a warning was given; a validation gradient that leaves fp16's range is not such
+    a case, it is computed again with a smaller scale); `clip` float64, by which clipping scaled the gradient;
+    `learning_rate` float64 of the first parameter group;
     `validation_loss` float64 (or `validation_loss_<target>`), the mean token loss on the rows that it was scored
     against, before the update; with order "path", the mean along the update's path.
     """
@@ -215,10 +218,7 @@ def _table(
         try:
             table = pq.read_table(part.path, schema=schema)
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{part.path} is missing or damaged ({error}): put a copy of it back; without one, its updates have "
-                "no values, and the run has to be resumed from a checkpoint before them"
-            ) from error
+            raise damaged(part, error) from error
         within = first <= part.first and part.last <= last
         tables.append(table if within else table.filter((pc.field("step") >= first) & (pc.field("step") <= last)))
     return pa.concat_tables(tables)

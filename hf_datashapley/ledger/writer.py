@@ -26,6 +26,7 @@ from transformers.utils import logging
 from ..ranks import Ranks
 from ..values.update import UpdateValues
 from .layout import (
+    AUDITED,
     FORMAT,
     KINDS,
     MANIFEST,
@@ -264,7 +265,8 @@ def write_parts(
     if ranks.index == 0:
         if audits.num_rows:
             write_table(replace(part, kind="audit").path, audits)
-        write_table(replace(part, kind="updates").path, updates)
+        audited = b"yes" if audits.num_rows else b"no"
+        write_table(replace(part, kind="updates").path, updates.replace_schema_metadata({AUDITED: audited}))
     split = {column: "BYTE_STREAM_SPLIT" for column in floats}
     write_table(
         part.path,

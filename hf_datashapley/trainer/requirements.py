@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend, is_compiled_module
+from accelerate.utils import DDPCommunicationHookType, DistributedType, DynamoBackend, is_compiled_module
 from peft import PeftModel
 from torch import nn
 from transformers import Trainer
@@ -69,6 +69,20 @@ def check_launch(accelerator: Accelerator, args: ShapleyConfig) -> None:
             "leave it unset: every process holds a whole model (DDP)",
         ),
     }
+    if accelerator.num_processes > 1:
+        hook = DDPCommunicationHookType.NO if accelerator.ddp_handler is None else accelerator.ddp_handler.comm_hook
+        refused |= {
+            # One that runs out of memory would begin again while the others wait for its gradients.
+            "auto_find_batch_size in several processes": (
+                args.auto_find_batch_size,
+                "set auto_find_batch_size=False, and per_device_train_batch_size to what fits",
+            ),
+            # Then the gradient that steps is not the mean of the samples'.
+            f"DDP's communication hook {hook.value}": (
+                hook != DDPCommunicationHookType.NO,
+                "leave comm_hook of DistributedDataParallelKwargs at its default",
+            ),
+        }
     refuse_first(refused)
 
 
