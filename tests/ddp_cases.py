@@ -8,7 +8,8 @@ import torch
 from loss_scaling import OnCPU, PlainOverflowing
 from models import build, collate, dataset, text_rows
 from oracles import Float64
-from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
+from packed_documents import packed_rows, pieces, short_rows
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_datashapley import ShapleyConfig, ShapleyTrainer
 
@@ -30,6 +31,7 @@ class Case:
     equal_rows: bool = False
     stream: bool = False
     packed: bool = False
+    documents: bool = False
     overflows: bool = False  # the first update, in fp16
     spare: bool = False  # a layer that no loss reaches
     wrapping: dict[str, Any] = field(default_factory=dict)  # what DDP is told that no setting says
@@ -40,6 +42,7 @@ ADAM = {"optim": "adamw_torch_fused", "learning_rate": 1e-3}
 PATH = {"value_order": "path"}
 OWEN = {"value_order": "path", "path_slope": "owen"}
 STATIC = {"ddp_static_graph": True, "gradient_accumulation_steps": 1, "value_kernel": "project"}
+DOCUMENTS = {"value_unit": "document"}
 DOUBLE: dict[str, Any] = {"dtype": torch.float64, "tolerance": 1e-7}
 CASES = {
     "first": Case(SGD, parity=True),
@@ -62,6 +65,10 @@ CASES = {
         {**SGD, "max_steps": 3, "accelerator_config": {"dispatch_batches": False}}, stream=True
     ),
     "packed": Case(SGD, "llama", packed=True),
+    "documents": Case(
+        {**SGD, "value_unit": "document", "gradient_accumulation_steps": 1}, batch=1, rows=6, documents=True
+    ),
+    "tokens": Case({**SGD, "value_unit": "token", "token_sample_ids": [*range(100, 112)]}, "llama"),
     "adapters": Case(SGD, "llama-lora"),
     "bf16": Case({**SGD, "bf16": True}, tolerance=3e-2),
     "fp16": Case({**SGD, "fp16": True}, tolerance=5e-3),
@@ -157,21 +164,31 @@ def told(trainer, case):
 
 
 def rows_of(case):
+    if case.documents:
+        return packed_rows(pieces())[: case.rows]
     rows = text_rows(case.rows)
     if case.equal_rows:
         rows = [{"input_ids": (row["input_ids"] * 3)[:8], "labels": (row["input_ids"] * 3)[:8]} for row in rows]
     return rows
 
 
+def collator_of(case):
+    if case.documents:
+        return default_data_collator
+    return DataCollatorWithFlattening() if case.packed else collate
+
+
 def make(folder, case, batch):
     targets = {f"t{k}": dataset(text_rows(count, seed=20 + k)) for k, count in enumerate(case.validation)}
+    if case.documents:
+        targets = {f"t{k}": short_rows(count) for k, count in enumerate(case.validation)}
     rows = dataset(rows_of(case), ids=range(100, 100 + case.rows))
     trainer = trainer_class_of(case)(
         model_of(case),
         ShapleyConfig(**arguments(case, folder, batch)),
         train_dataset=rows.to_iterable_dataset() if case.stream else rows,
         validation_dataset=targets,
-        data_collator=DataCollatorWithFlattening() if case.packed else collate,
+        data_collator=collator_of(case),
         compute_loss_func=summed_over_count if case.own_loss else None,
     )
     return told(trainer, case)

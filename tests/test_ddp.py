@@ -35,8 +35,7 @@ def test_values_are_those_of_one_process(launched, tmp_path, name):
     one = make(tmp_path, case, batch=2 * case.batch)
     train(one, case)
     truth, found = tables(one), first["tables"]
-    assert found["history"]["sample_id"] == truth["history"]["sample_id"]
-    for column in ("step", "updates", "tokens"):
+    for column in [column for column in truth["history"] if not column.startswith("value")]:
         assert found["history"][column] == truth["history"][column]
     for k, _ in enumerate(case.validation):
         column = f"value_t{k}"

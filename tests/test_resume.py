@@ -28,6 +28,7 @@ RUNS = {
     "owen": {"value_order": "path", "path_slope": "owen"},
     # Its first update overflows: the loss scale, too, is what a run goes on with.
     "fp16": {"trainer_class": Overflowing, "fp16": True, "max_grad_norm": 0.0, "audit_steps": 4},
+    "tokens": {"value_unit": "token", "value_kernel": "auto", "token_samples": 7, "value_order": "path"},
     "packed": {"data_collator": DataCollatorWithFlattening(), "value_order": "path", "second_pass": "replay"},
 }
 
