@@ -21,6 +21,7 @@ from transformers import Trainer
 
 from hf_datashapley import ShapleyTrainer, load_updates
 from hf_datashapley.directions.weights import weights_at
+from hf_datashapley.full_precision import inner_products
 from hf_datashapley.ghost.rules import rule_for
 from hf_datashapley.ranks import Ranks
 from hf_datashapley.values.additivity import check_shares
@@ -433,3 +434,11 @@ def test_a_gradient_that_overflowed_is_no_check_of_the_shares(gradient):
     assert not check_shares(torch.tensor([[torch.inf], [1.0]]), {"": parameter}, directions, Ranks())
     assert not check_shares(torch.tensor([[torch.nan], [1.0]]), {"": parameter}, directions, Ranks())
     assert not check_shares(torch.zeros(2, 1), {"": parameter}, directions, Ranks())
+
+
+def test_sums_over_a_large_embedding_keep_their_digits():
+    """Equal terms: a matrix product in float32 is off by a hundredth here."""
+    right = torch.full((50_000, 128), 0.1)
+    left = torch.stack([right, -right])
+    exact = (left.double() * right.double()).sum((1, 2))
+    assert (inner_products(left, right) / exact - 1).abs().max() < 1e-5

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from ..full_precision import full_dtype, in_full
+from ..full_precision import full_dtype, in_full, inner_products
 from .optimizers import Momentum, check_groups, check_optimizer_class, power_complement, row_blocks, taken_up
 
 
@@ -244,7 +244,7 @@ class UpdateRule:
             parameter = parameters[name]
             if parameter in self._groups and parameter.grad is not None:
                 ratio = self.unrolled_over_immediate(parameter) if momentum == "unrolled" else 1.0
-                total += direction.flatten(1) @ in_full(parameter.grad).flatten() / ratio
+                total += inner_products(direction, parameter.grad) / ratio
         return total
 
 

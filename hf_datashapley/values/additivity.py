@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..full_precision import in_full
+from ..full_precision import inner_products
 from ..ranks import Ranks
 
 
@@ -37,7 +37,7 @@ def check_shares(
     for name, direction in directions.items():
         gradient = parameters[name].grad
         if gradient is not None:
-            expected += direction.flatten(1) @ in_full(gradient).flatten()
+            expected += inner_products(direction, gradient)
     total, size = values.sum(0), values.abs().sum(0)
     ranks.sum_([total, size])
     scale = torch.maximum(size, expected.abs())
