@@ -105,15 +105,15 @@ def cumulated_lines(
         return _svg(figure)
 
 
-def histogram(value_N: Floats, scale: NatScale) -> str:
-    """Samples by value; the extreme half per cent on either side is counted, not drawn."""
+def histogram(unit: str, value_N: Floats, scale: NatScale) -> str:
+    """Samples or documents by value; the extreme half per cent on either side is counted, not drawn."""
     low, high = np.quantile(value_N, [0.005, 0.995])
     low, high = min(low, 0.0), max(high, 0.0)
     width = (high - low) / 60 or 1.0
     edges = np.arange(np.floor(low / width), max(np.ceil(high / width), 1) + 1) * width  # 0 is an edge
     count, _ = np.histogram(value_N, edges)
     beyond = len(value_N) - count.sum()
-    below = f"value of a sample, {scale.unit}" + (f"  ({beyond:,} more lie outside)" if beyond else "")
+    below = f"value of a {unit}, {scale.unit}" + (f"  ({beyond:,} more lie outside)" if beyond else "")
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH, 2.0))
         axes = figure.subplots()

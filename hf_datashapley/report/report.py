@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -31,7 +32,9 @@ from hf_datashapley.report.aggregate import (
     totals,
     value_over_training,
 )
+from hf_datashapley.report.documents import Known, ends
 from hf_datashapley.report.nats import NatScale
+from hf_datashapley.report.tokens import LEVELS, TokenTexts, token_documents
 
 
 try:
@@ -46,9 +49,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 
-DOCUMENTS = 6  # shown at either end, per target
-ROWS_READ = 100  # of a document, for its text
-TEXT_LIMIT = 4000  # characters of a document that are embedded
 STEPS_LISTED = 50
 
 
@@ -72,17 +72,6 @@ class Picture:
     svg: str
 
 
-@dataclass(frozen=True)
-class Document:
-    number: str  # "document 12" or "sample 7"
-    title: str | None
-    group: str
-    value: float
-    tokens: int
-    text: str
-    cut: bool  # whether there is more of it
-
-
 def write_report(
     path: str | os.PathLike[str],
     *,
@@ -94,25 +83,33 @@ def write_report(
     cost: dict[str, object],
     title: str,
     audit: Dataset | None = None,
+    group: str = "domain",
+    read_text: Callable[[int], str] | None = None,
+    token_texts: TokenTexts | None = None,
 ) -> None:
     """Write one self-contained HTML file to `path`; its folder is made if need be.
 
     Args:
         values: one row per sample: `sample_id`, `updates`, `tokens`, then `value`, or `value_<target>` per named
-            target, in nats of validation loss (positive: the sample lowered it).
-        history: the same per (update, sample), with `step`.
+            target, in nats of validation loss (positive: the sample lowered it). Where samples hold several documents,
+            one per document: `document_id` in place of `sample_id`.
+        history: the same per (update, sample or document), with `step`.
         updates: one row per update: `step`, `skipped`, `clip`, `learning_rate`, `validation_loss` or
             `validation_loss_<target>` in nats (null or non-finite where it was not measured).
         units: what is known of the samples, one row per `sample_id`, in any order; optional columns `document_id`,
-            `domain`, `junk` (the type of planted junk or null), `title`, `text`. None: samples are shown by their ids.
+            `domain`, `junk` (the type of planted junk or null), `title`, `text`. Or of the documents, where these have
+            the values, one row per `document_id`. None: they are shown by their ids.
         settings: name -> printable, in the order to show.
         cost: name -> printable; "throughput kept", where there is one, also stands at the top of the page.
         title: what was trained.
         audit: one row per audited update and target: `step`, `target` ("validation" where it has no name), `samples`,
             `carried`, `predicted`, `actual` in nats. None, or no rows: nothing is said of it.
+        group: what the groups of the column `domain` are called on the page.
+        read_text: the text of a unit with this id, asked for the few that are shown where `units` has no `text`.
+        token_texts: what units say and are worth token by token. None: tokens have no values, or no text.
 
     Raises:
-        ValueError: `values` is empty or not finite; `units` lacks a valued sample or has one twice.
+        ValueError: `values` is empty or not finite; `units` lacks a valued unit or has one twice.
     """
     corpus = read_corpus(values, units)
     by_group = totals(corpus, corpus.group_N, len(corpus.groups))
@@ -126,17 +123,18 @@ def write_report(
         _finite(step_T, update_table[target_column(target, "validation_loss")].to_numpy()) for target in corpus.targets
     ]
 
+    known = Known(corpus, units, read_text)
     audits = {} if audit is None else read_audits(audit, corpus.targets)
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["csp_hash"] = _csp_hash
-    template = environment.from_string(
-        files("hf_datashapley.report").joinpath("template.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    page = template.render(
+    environment.filters["csp_hash"] = _csp_hash
+    page = environment.get_template("template.html").render(
         title=title,
         targets=_names(corpus.targets),
         corpus=corpus,
+        group_name=group,
         by_group=by_group,
         extremes=_extremes(by_group),
         overall=overall,
@@ -145,7 +143,9 @@ def write_report(
             **_pictures(corpus, by_group, total_scale, rate_scale, history, step_T, losses, skipped),
             "audit": _audit_pictures(audits),
         },
-        documents=[_ends(corpus, units, k) for k in range(len(corpus.targets))],
+        documents=ends(known),
+        token_documents=[] if token_texts is None else token_documents(known, token_texts),
+        levels=LEVELS,
         updates=len(step_T),
         skipped=skipped[:STEPS_LISTED].tolist(),
         skipped_count=len(skipped),
@@ -192,7 +192,7 @@ def _pictures(
 ) -> dict[str, list[Picture]]:
     """By section of the page, in the order of the targets."""
     rate_KG, rate_error_KG = (by_group.per_1000_tokens(x) for x in (by_group.value_KG, by_group.error_KG))
-    sample_scale = NatScale.fitting(np.quantile(corpus.value_KN, [0.005, 0.995], axis=1))
+    unit_scale = NatScale.fitting(np.quantile(corpus.value_KN, [0.005, 0.995], axis=1))
     largest_first = np.argsort(-np.abs(by_group.value_KG).max(axis=0), kind="stable")
     named = sorted(largest_first[: pictures.LINES].tolist())
     value_KGT = value_over_training(corpus, history, step_T)
@@ -204,7 +204,8 @@ def _pictures(
         lines = pictures.cumulated_lines(step_T, corpus.groups, value_KGT[k], named, total_scale)
         groups += [Picture(target, rate_unit, rate), Picture(target, total_unit, total)]
         training.append(Picture(target, f"{total_scale.unit}, cumulated", lines))
-        spread.append(Picture(target, "number of samples", pictures.histogram(corpus.value_KN[k], sample_scale)))
+        histogram = pictures.histogram(corpus.unit, corpus.value_KN[k], unit_scale)
+        spread.append(Picture(target, f"number of {corpus.unit}s", histogram))
     measured = [pair for pair in zip(_names(corpus.targets), losses, strict=True) if len(pair[1][0])]
     loss = []
     if measured:
@@ -225,37 +226,8 @@ def _names(targets: list[str]) -> list[str]:
     return [target or "the validation set" for target in targets]
 
 
-def _ends(corpus: Corpus, units: Dataset | None, k: int) -> tuple[list[Document], list[Document]]:
-    """The documents that helped a target most, and those that hurt it most, worst first."""
-    value_D = corpus.value_KD[k]
-    order = np.argsort(value_D, kind="stable")
-    hurt = [d for d in order[:DOCUMENTS] if value_D[d] < 0]
-    helped = [d for d in order[::-1][:DOCUMENTS] if value_D[d] > 0]
-    tokens_D = corpus.tokens_D
-
-    def document(d: int) -> Document:
-        first = corpus.first_sample_D[d]
-        number, title, text, rows = f"sample {corpus.sample_id_N[first]}", None, "", corpus.unit_row_N[:0]
-        if units is not None:
-            rows = corpus.unit_row_N[corpus.document_N == d]
-            shown = units.select(rows[:ROWS_READ].tolist())
-            if corpus.has_documents:
-                number = f"document {shown[0]['document_id']}"
-            if "title" in units.column_names:
-                title = shown[0]["title"]
-            if "text" in units.column_names:
-                text = "".join(part or "" for part in shown["text"])
-        return Document(
-            number=number,
-            title=title,
-            group=corpus.groups[corpus.group_N[first]],
-            value=float(value_D[d]),
-            tokens=int(tokens_D[d]),
-            text=text[:TEXT_LIMIT],
-            cut=len(text) > TEXT_LIMIT or len(rows) > ROWS_READ,
-        )
-
-    return [document(d) for d in helped], [document(d) for d in hurt]
+def _template(name: str) -> str:
+    return files("hf_datashapley.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _csp_hash(script: str) -> str:
