@@ -15,6 +15,7 @@ from importlib import import_module
 # Name, what it does; the module of the same name has `run(arguments)`.
 COMMANDS = {
     "demo": "train a small language model on text this Python holds, and value every document of it",
+    "report": "show a finished run on one HTML page: who helped, who hurt, token by token",
     "accelerate_config": "print the path of a configuration for `accelerate launch`",
 }
 USAGE = "\n".join(
