@@ -13,6 +13,7 @@ from recorder import Recorder, assert_history, history_of
 from torch.optim import SGD, AdamW
 
 from hf_datashapley import ShapleyConfig, ShapleyTrainer, load_audit, load_updates
+from hf_datashapley.ghost.units import Rows
 from hf_datashapley.trainer import passes
 
 
@@ -534,7 +535,7 @@ def test_the_estimate_of_what_is_kept(tmp_path):
     """Within a factor of two of what a kept micro-batch really holds."""
     trainer, _ = prepare(tmp_path, "gpt2", rows=text_rows(4, ragged_labels=False), value_kernel="project")
     batch = collate(text_rows(4, ragged_labels=False))
-    with trainer._capture.attached(), trainer._capture.keeping(4) as kept:
+    with trainer._capture.attached(), trainer._capture.keeping(Rows(4)) as kept:
         trainer.model(**batch).loss.backward()
     held = {
         tensor.data_ptr(): tensor.numel() * tensor.element_size() for use in kept._uses for tensor in (use.x, use.b)

@@ -57,7 +57,7 @@ def trainer(tmp_path, *, model=None, rows=8, validation="rows", collator=collate
             "path_slope='owen'",
             "value_modules=None",
         ),
-        ({"value_unit": "token"}, "value_unit='token'", "sample"),
+        ({"value_unit": "row"}, "value_unit='row'", "sample"),
         ({"value_kernel": "gram"}, "value_kernel='gram'", "fused"),
         ({"value_optimizer": "adam"}, "value_optimizer='adam'", "sgd"),
         ({"value_momentum": "none"}, "value_momentum='none'", "unrolled"),
