@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .kept import Kept
-from .kernels import KeptLinear, KeptOutput, ScoredLinear, ScoreOutput
-from .rules import LayerRule, LinearRule, rule_for
+from .kernels import KeptLinear, KeptOutput, ProjectOutput, ScoredLinear, ScoreOutput
+from .projection import ParameterProjection, Plan, Projection, plan
+from .rules import EmbeddingRule, LayerRule, LinearRule, rule_for
 from .units import Units
 
 
@@ -29,7 +30,7 @@ SITE = "_datashapley_site"
 
 
 class Site:
-    """What a captured layer needs to score itself, or to be scored later.
+    """What a captured layer needs to score itself, or to be scored later, and to project its gradients.
 
     Idle while `units` is None. Copies and pickles of it are idle.
     """
@@ -43,6 +44,8 @@ class Site:
         self.tap: Tensor | None = None
         self.directions: dict[str, Tensor] = {}  # by the layer's names
         self.kept: Kept | None = None
+        self.projections: dict[str, ParameterProjection] = {}  # by the layer's names, and their taps
+        self.taps: list[Tensor] = []
 
     def __reduce__(self) -> tuple[type[Site], tuple[()]]:
         return (Site, ())
@@ -72,8 +75,22 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
                 "gradient cannot be told apart by sample; leave it out with `value_modules` or freeze it"
             )
         x = x.expand(shape[0], *x.shape[1:])
+    output = captured(self, site, units, x, args, kwargs)
+    if site.projections:
+        assert site.rule is not None
+        project = partial(site.rule.features, projections=site.projections, units=units)
+        return ProjectOutput.apply(output, x, project, *site.taps)
+    return output
+
+
+def captured(
+    self: nn.Module, site: Site, units: Units, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """The layer's output, whose backward pass scores the layer or keeps what scoring takes; if either is wanted."""
+    own, shape = type(self).forward, units.shape
     assert site.rule is not None
-    if site.kernel == "fused" and isinstance(site.rule, LinearRule) and "weight" in site.parameters:
+    wanted = site.tap is not None or site.kept is not None
+    if wanted and site.kernel == "fused" and isinstance(site.rule, LinearRule) and "weight" in site.parameters:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
         if site.kept is None:
@@ -87,6 +104,8 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         output = output.expand(shape[0], *output.shape[1:])
     if site.kept is not None:
         return KeptOutput.apply(output, x, partial(site.kept.add_inputs, site.parameters, site.rule))
+    if not wanted:
+        return output
     score = partial(site.rule.scores, directions=site.directions, units=units)
     return ScoreOutput.apply(output, x, site.tap, score)
 
@@ -187,9 +206,41 @@ class Capture:
         finally:
             self._rest()
 
+    @contextmanager
+    def projecting(self, projection: Projection, units: Units) -> Iterator[dict[str, Tensor]]:
+        """Project every unit's gradient, in every backward pass of a forward pass that runs within it, beside
+        `scoring` or `keeping` of the same units or by itself; yields a tap for each parameter, [U, width] zeros.
+
+        After `loss.backward()` `features_of(taps)` are the units' features. `torch.autograd.grad(loss, taps)` gives
+        them too, and computes no weight's gradient.
+        """
+        taps = projection.taps(units)
+        try:
+            for site in self._sites.values():
+                site.units = units
+                site.projections = {local: projection.parameters[name] for local, name in site.parameters.items()}
+                site.taps = [taps[name] for name in site.parameters.values()]
+            yield taps
+        finally:
+            self._rest()
+
+    def plan(self, width: int) -> dict[str, Plan]:
+        """How `projecting` shares `width` features out among the parameters."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        embeddings, matrices = (
+            {
+                site.parameters["weight"]
+                for site in self._sites.values()
+                if isinstance(site.rule, rule) and "weight" in site.parameters
+            }
+            for rule in (EmbeddingRule, LinearRule)
+        )
+        return plan(shapes, embeddings, matrices, width)
+
     def _rest(self) -> None:
         for site in self._sites.values():
             site.units, site.tap, site.directions, site.kept = None, None, {}, None
+            site.projections, site.taps = {}, []
 
     def kept_bytes(self, positions: int) -> int:
         """About how much room `keeping` takes for so many positions: inputs and output gradients."""

@@ -14,7 +14,8 @@ Two kernels (design trade-off: bits against time):
   order of summation.
 
 Order "second" and "path" know their directions only when the backward pass is over. `KeptOutput` and `KeptLinear` are
-the same two kernels without a score: they hand what a score needs to a `keep` function (see `kept`).
+the same two kernels without a score: they hand what a score needs to a `keep` function (see `kept`). `ProjectOutput`
+does for features (see `projection`), beside either kernel, what "project" does for scores.
 
 Shapes: U units, P positions of one, I inputs, O outputs, L and R the two sides of a weight gradient, K directions.
 """
@@ -146,17 +147,35 @@ class KeptLinear(Function):
         if ctx.needs_input_grad[0]:
             x_gradient = input_gradient(b, weight, ctx.transposed).to(ctx.input_dtype)
         left, right = (x, b) if ctx.transposed else (b, x)
-        if isinstance(ctx.units, Rows):
-            gradients_ULR = torch.bmm(positions(left).transpose(1, 2), positions(right))
-        else:
-            gradients_ULR = torch.stack(
-                [left_PL.t() @ right_PR for left_PL, right_PR in pairs(left, right, ctx.units)]
-            )
+        gradients_ULR = gradients_of_units(left, right, ctx.units)
         if ctx.needs_input_grad[2]:
             bias_gradient_UO = ctx.units.sum(b, dtype=weight.dtype)
             bias_gradient = bias_gradient_UO.sum(0)
         ctx.keep(gradients_ULR, bias_gradient_UO)
         return x_gradient, gradients_ULR.sum(0, dtype=weight.dtype), bias_gradient, None, None, None
+
+
+class ProjectOutput(Function):
+    """Identity on a layer's output; its backward gives each parameter's tap what `project` makes of the layer's input
+    and output gradient, its units' features."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        x: Tensor,
+        project: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+        *taps: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.project = project
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return b, None, None, *ctx.project(x, b)
 
 
 def cast_input(x: Tensor) -> tuple[Tensor, torch.dtype]:
@@ -187,6 +206,13 @@ def pairs(left: Tensor, right: Tensor, units: Units) -> list[tuple[Tensor, Tenso
     """Each unit's two sides of its gradient left^T right, [P, L] and [P, R]."""
     sides = zip(units.parts(left), units.parts(right), strict=True)
     return [(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])) for x, y in sides]
+
+
+def gradients_of_units(left: Tensor, right: Tensor, units: Units) -> Tensor:
+    """left^T right over each unit's positions, [U, L, R]."""
+    if isinstance(units, Rows):
+        return torch.bmm(positions(left).transpose(1, 2), positions(right))
+    return torch.stack([left_PL.t() @ right_PR for left_PL, right_PR in pairs(left, right, units)])
 
 
 def weight_gradients(left: Tensor, right: Tensor, direction_KLR: Tensor, units: Units) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..full_precision import in_full
+from .projection import ParameterProjection
 from .units import Units
 
 
@@ -42,9 +43,12 @@ def linear_scores(x: Tensor, b: Tensor, weight_KOI: Tensor | None, bias_KO: Tens
 
 def embedding_scores(ids: Tensor, b: Tensor, weight_KVC: Tensor, padding_idx: int | None, units: Units) -> Tensor:
     """Embedding: [U, K] from ids [R, ...] and output gradient [R, ..., C]. The padding row gets no gradient."""
-    if padding_idx is not None:
-        b = b.masked_fill((ids == padding_idx).unsqueeze(-1), 0.0)
+    b = without_padding(ids, b, padding_idx)
     return torch.stack([units.dot(F.embedding(ids, u_VC), b) for u_VC in weight_KVC], dim=1)
+
+
+def without_padding(ids: Tensor, b: Tensor, padding_idx: int | None) -> Tensor:
+    return b if padding_idx is None else b.masked_fill((ids == padding_idx).unsqueeze(-1), 0.0)
 
 
 def norm_scores(x_hat: Tensor, b: Tensor, gamma_KC: Tensor | None, beta_KC: Tensor | None, units: Units) -> Tensor:
@@ -75,13 +79,22 @@ class LayerRule:
     """How one layer scores: `scores(x, b, directions, units)` -> [U, K], directions by parameter name, [K, *shape].
 
     And, where a gradient itself is asked for: `gradient(name, x, b)`, that of one unit's share, of whose positions
-    x and b are (`Units.parts`).
+    x and b are (`Units.parts`); or `features(x, b, projections, units)`, every unit's projected gradient, [U, width]
+    for each parameter of `projections`.
     """
 
     def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor], units: Units) -> Tensor:
         raise NotImplementedError
 
     def gradient(self, name: str, x: Tensor, b: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def features(
+        self, x: Tensor, b: Tensor, projections: dict[str, ParameterProjection], units: Units
+    ) -> tuple[Tensor, ...]:
+        return tuple(self.feature(name, x, b, projection, units) for name, projection in projections.items())
+
+    def feature(self, name: str, x: Tensor, b: Tensor, projection: ParameterProjection, units: Units) -> Tensor:
         raise NotImplementedError
 
 
@@ -105,6 +118,12 @@ class LinearRule(LayerRule):
         left, right = (x, b) if self.transposed else (b, x)
         return left.flatten(0, -2).t() @ right.flatten(0, -2)
 
+    def feature(self, name: str, x: Tensor, b: Tensor, projection: ParameterProjection, units: Units) -> Tensor:
+        if name == "bias":
+            return projection.of_sums(units.sum(b, dtype=projection.dtype))
+        left, right = (x, b) if self.transposed else (b, x)
+        return projection.of_outer(left, right, units)
+
 
 class EmbeddingRule(LayerRule):
     """`torch.nn.Embedding`."""
@@ -118,6 +137,9 @@ class EmbeddingRule(LayerRule):
     def scores(self, x: Tensor, b: Tensor, directions: dict[str, Tensor], units: Units) -> Tensor:
         b = b.to(directions["weight"].dtype)
         return embedding_scores(x, b, directions["weight"], self.padding_idx, units)
+
+    def feature(self, name: str, x: Tensor, b: Tensor, projection: ParameterProjection, units: Units) -> Tensor:
+        return projection.of_rows(x, without_padding(x, b, self.padding_idx), units)
 
     def gradient(self, name: str, x: Tensor, b: Tensor) -> Tensor:
         rows, sums = self.rows(x, b)
@@ -154,6 +176,12 @@ class NormRule(LayerRule):
         if name == "weight":
             b = self.normalise(in_full(x)) * b
         return b.reshape(-1, *b.shape[-self.ndim :]).sum(0)
+
+    def feature(self, name: str, x: Tensor, b: Tensor, projection: ParameterProjection, units: Units) -> Tensor:
+        b = b.to(projection.dtype)
+        if name == "weight":
+            b = self.normalise(x.to(projection.dtype)) * b
+        return projection.of_sums(units.sum(b.flatten(-self.ndim)))
 
 
 class LayerNormRule(NormRule):
