@@ -13,6 +13,7 @@ has imported everything and built the model.
     python scripts/benchmark_overhead.py --validation_interval 10 --rounds 8 --variants plain ceiling fused
     python scripts/benchmark_overhead.py --variants plain second path path-3 owen owen-3
     python scripts/benchmark_overhead.py --variants plain plain-compiled ceiling-compiled fused-compiled fused
+    python scripts/benchmark_overhead.py --variants plain fused features      # 4,096 features of each sample
     python scripts/benchmark_overhead.py --processes 2 --threads 1 --variants plain ceiling fused    # DDP
 
 "x-compiled" is variant x with `torch_compile=True`. Ratios are taken over whichever of plain, plain-compiled, ceiling
@@ -64,6 +65,7 @@ from hf_datashapley.trainer.compiled import compiled_apart
 VALUED: dict[str, dict[str, Any]] = {
     "fused": {},
     "project": {"value_kernel": "project"},
+    "features": {"feature_dim": 4096},
     "second": {"value_order": "second"},
     "path": {"value_order": "path"},
     "path-3": {"value_order": "path", "path_nodes": 3},

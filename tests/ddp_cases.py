@@ -48,6 +48,7 @@ CASES = {
     "first": Case(SGD, parity=True),
     "first project": Case({**SGD, "value_kernel": "project"}, parity=True),
     "adam": Case({**ADAM, "value_kernel": "project", "validation_interval": 2}, "llama", parity=True, **DOUBLE),
+    "features": Case({**SGD, "feature_dim": 200, "feature_dtype": "float32"}),
     "no clipping": Case({**SGD, "max_grad_norm": 0.0, "gradient_accumulation_steps": 1}, "neox"),
     "idle rank": Case({**SGD, "validation_batch_size": 1}, validation=(1,)),
     "second": Case({**SGD, "value_order": "second"}),

@@ -3,12 +3,16 @@
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import torch
 from ddp_cases import CASES, make, tables, train
 from launching import torchrun
 from oracles import relative_error
 
 from hf_datashapley import load_updates
+from hf_datashapley.ledger.features import read_features
+from hf_datashapley.ledger.layout import complete_parts
 
 
 pytestmark = pytest.mark.slow
@@ -51,6 +55,31 @@ def test_values_are_those_of_one_process(launched, tmp_path, name):
         # A scaled gradient that overflowed was clipped by a factor that is no number.
         assert updates[column] == pytest.approx(values, rel=1e-5, nan_ok=case.overflows), column
     assert updates["skipped"] == [case.overflows and step == 1 for step in updates["step"]]
+
+
+def features_of(value_dir):
+    """By update and sample; each stands in an update once."""
+    found = {}
+    for part in complete_parts(Path(value_dir)).values:
+        rows = pq.read_table(part.path)
+        samples = rows["sample_id"].to_pylist()
+        for own in read_features(part, rows["step"].to_numpy(), most_bytes=2**20):
+            for i, codes in enumerate(own.scale[:, None] * own.codes):
+                found[own.step, samples[own.start + i]] = torch.from_numpy(codes)
+    return found
+
+
+def test_features_are_those_of_one_process(launched, tmp_path):
+    """Of shares of the gradient as ranks average it, whatever clipping makes of it."""
+    case = CASES["features"]
+    one = make(tmp_path, case, batch=2 * case.batch)
+    train(one, case)
+    found, truth = features_of(launched / "features" / "values"), features_of(one.value_dir)
+    assert found.keys() == truth.keys() and len(truth) == 2 * case.rows
+    for key, features in truth.items():
+        assert relative_error(found[key], features) < case.tolerance or not features.any()
+    parts = list((launched / "features" / "values").glob("features-*"))
+    assert {path.stem[-14:] for path in parts} == {"00000-of-00002", "00001-of-00002"}
 
 
 @pytest.mark.parametrize("name", ["first", "owen"])

@@ -5,12 +5,15 @@
     updates-*.parquet   step, skipped, clip, learning_rate, validation loss for each target; by the first rank
     audit-*.parquet     step, target, samples, carried, predicted, actual; by the first rank, where asked for: the
                         part of the updates says in its metadata ("audited") whether one belongs to it
+    features-*.arrow    step, scale, feature, a row for each of the values part of the same name; where asked for
 
-    KIND-<first update>-<last update>-<rank>-of-<ranks>.parquet
+    KIND-<first update>-<last update>-<rank>-of-<ranks>.parquet (or .arrow)
 
 Parts are cut between updates, written under a temporary name and renamed when they are complete; those of several
 machines may be copied into one folder. Byte-stream-split floats under zstd take about half the room of the default
-encoding (12 bytes a row with two targets) and write faster.
+encoding (12 bytes a row with two targets) and write faster. Features cannot be compressed: they lie as they are read,
+in Arrow's own format, which is mapped into memory. What a unit's projected gradient is, its `feature` times its
+`scale`, and how it was projected, the manifest's "features" say (`ghost.projection`).
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 
-KINDS = ("values", "updates", "audit")
+KINDS = ("values", "updates", "audit", "features")
+SUFFIX = {"values": ".parquet", "updates": ".parquet", "audit": ".parquet", "features": ".arrow"}
 MANIFEST = "ledger.json"
 FORMAT = 1
 # Key of the Parquet metadata of a part of the updates.
@@ -63,6 +67,12 @@ def audit_schema() -> pa.Schema:
     return pa.schema([("step", pa.int32()), ("target", pa.string()), *numbers])
 
 
+def features_schema(width: int, dtype: str) -> pa.Schema:
+    number = {"float16": pa.float16(), "float32": pa.float32()}[dtype]
+    feature = pa.list_(pa.field("item", number, nullable=False), width)
+    return pa.schema([("step", pa.int32()), ("scale", pa.float32()), pa.field("feature", feature, nullable=False)])
+
+
 @dataclass(frozen=True)
 class Part:
     """A file of the ledger: what one of `world` ranks wrote of the updates `first` to `last`."""
@@ -81,12 +91,12 @@ class Part:
 
     @property
     def path(self) -> Path:
-        name = f"{self.kind}-{self.first:09d}-{self.last:09d}-{self.rank:05d}-of-{self.world:05d}.parquet"
-        return self.directory / name
+        name = f"{self.kind}-{self.first:09d}-{self.last:09d}-{self.rank:05d}-of-{self.world:05d}"
+        return self.directory / f"{name}{SUFFIX[self.kind]}"
 
 
 def parts(directory: Path, kind: str) -> list[Part]:
-    found = [Part.at(path) for path in directory.glob(f"{kind}-*.parquet")]
+    found = [Part.at(path) for path in directory.glob(f"{kind}-*{SUFFIX[kind]}")]
     return sorted(found, key=lambda part: (part.first, part.world, part.rank))
 
 
@@ -104,8 +114,8 @@ class Complete:
 
     def of_kind(self, kind: str) -> list[Part]:
         """Updates and audits are the first rank's; audits where its updates say that there are any."""
-        if kind == "values":
-            return self.values
+        if kind in ("values", "features"):
+            return [replace(part, kind=kind) for part in self.values]
         updates = [replace(part, kind="updates") for part in self.values if part.rank == 0]
         return updates if kind == "updates" else [replace(part, kind=kind) for part in updates if is_audited(part)]
 
@@ -117,6 +127,14 @@ def is_audited(updates: Part) -> bool:
     except (pa.ArrowException, OSError) as error:
         raise damaged(updates, error) from error
     return metadata.get(AUDITED) == b"yes"
+
+
+def read_part(part: Part, schema: pa.Schema) -> pa.Table:
+    """A Parquet part. Raises `ValueError` where it is missing or damaged."""
+    try:
+        return pq.read_table(part.path, schema=schema)
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(part, error) from error
 
 
 def damaged(part: Part, error: Exception) -> ValueError:

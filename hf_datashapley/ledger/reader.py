@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from datasets import Dataset
 from datasets.table import InMemoryTable
 from transformers.utils import logging
@@ -16,8 +15,8 @@ from .groups import COUNTED, By, Groups, read_groups, sum_groups
 from .layout import (
     audit_schema,
     complete_parts,
-    damaged,
     read_manifest,
+    read_part,
     unit_keys,
     updates_schema,
     value_columns,
@@ -215,10 +214,7 @@ def _table(
     for part in complete.of_kind(kind):
         if part.last < first or part.first > last:
             continue
-        try:
-            table = pq.read_table(part.path, schema=schema)
-        except (pa.ArrowException, OSError) as error:
-            raise damaged(part, error) from error
+        table = read_part(part, schema)
         within = first <= part.first and part.last <= last
         tables.append(table if within else table.filter((pc.field("step") >= first) & (pc.field("step") <= last)))
     return pa.concat_tables(tables)

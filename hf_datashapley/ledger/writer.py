@@ -24,6 +24,7 @@ import torch
 from transformers.utils import logging
 
 from ..ranks import Ranks
+from ..values.features import Features
 from ..values.update import UpdateValues
 from .layout import (
     AUDITED,
@@ -33,6 +34,7 @@ from .layout import (
     Part,
     audit_schema,
     complete_parts,
+    features_schema,
     loss_columns,
     parts,
     read_manifest,
@@ -46,11 +48,15 @@ from .layout import (
 logger = logging.get_logger(__name__)
 
 ROWS_PER_PART = 1_000_000
+# Features of a part; as much again is on the host while it is written.
+BYTES_PER_PART = 128 * 2**20
 # Settings that may be others when a run goes on.
 VERSIONS = ("hf_datashapley", "transformers", "torch")
 SINGLE = Ranks()
 # Updates that may wait on the device: a few small tensors each.
 PENDING_UPDATES = 256
+# Features that may.
+PENDING_BYTES = 32 * 2**20
 
 
 class Ledger:
@@ -59,7 +65,8 @@ class Ledger:
     Args:
         directory: where it lies; made when it is missing.
         targets: names of the validation targets, [""] for one without a name.
-        settings: what the manifest says of the run, as JSON; with its "unit".
+        settings: what the manifest says of the run, as JSON; with its "unit", and "features" where the updates have
+            them.
         after: the update that the run goes on after; 0: it begins.
         ranks: the processes that write it; all of them make it, together.
 
@@ -79,6 +86,8 @@ class Ledger:
         self.directory = Path(directory)
         self.targets = targets
         self.unit = settings["unit"]
+        stored = settings.get("features")
+        self._features_schema = None if stored is None else features_schema(stored["width"], stored["dtype"])
         self.ranks = ranks
         self.after = after
         described = {"targets": [target for target in targets if target], **settings}
@@ -97,7 +106,8 @@ class Ledger:
         self._rows: list[pa.Table] = []
         self._updates: list[pa.Table] = []
         self._audits: list[pa.Table] = []
-        self._num_rows = 0
+        self._features: list[pa.Table] = []
+        self._num_rows = self._num_bytes = self._pending_bytes = 0
         self._warned = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
         self._writing: Future[None] | None = None
@@ -113,9 +123,12 @@ class Ledger:
             self._wait()
         self._pending.append(update)
         self._num_rows += len(update.tokens)
-        if len(self._pending) >= PENDING_UPDATES:
+        if update.features is not None:
+            self._num_bytes += update.features.num_bytes
+            self._pending_bytes += update.features.num_bytes
+        if len(self._pending) >= PENDING_UPDATES or self._pending_bytes >= PENDING_BYTES:
             self.collect()
-        if self._num_rows >= ROWS_PER_PART:
+        if self._num_rows >= ROWS_PER_PART or self._num_bytes >= BYTES_PER_PART:
             self.collect()
             self._write()
 
@@ -123,7 +136,7 @@ class Ledger:
         """Copies what is pending to the host, and warns of the first update that was not finite."""
         if not self._pending:
             return
-        updates, self._pending = self._pending, []
+        updates, self._pending, self._pending_bytes = self._pending, [], 0
         steps = np.array([update.step for update in updates], np.int32)
         sizes = [len(update.tokens) for update in updates]
         values = torch.cat([update.values for update in updates]).float().cpu().numpy()
@@ -137,6 +150,10 @@ class Ledger:
         self._rows.append(pa.table(columns, schema=values_schema(self.targets, self.unit)))
         self._updates.append(self._table_of_updates(updates, steps))
         self._audits.append(self._table_of_audits(updates))
+        if self._features_schema is not None:
+            found = [update.features for update in updates if update.features is not None]
+            assert len(found) == len(updates)
+            self._features.append(table_of_features(np.repeat(steps, sizes), found, self._features_schema))
 
     def _table_of_updates(self, updates: list[UpdateValues], steps: np.ndarray) -> pa.Table:
         finite = torch.stack([update.finite for update in updates]).cpu().numpy()
@@ -188,7 +205,8 @@ class Ledger:
 
     def restart(self) -> None:
         """Forgets what was written after the update that the run goes on after: its training loop begins there."""
-        self._pending, self._rows, self._updates, self._audits, self._num_rows = [], [], [], [], 0
+        self._pending, self._pending_bytes = [], 0
+        self._take_tables()
         self._wait()
         self.ranks.wait()
         if self.ranks.is_local_main:
@@ -206,10 +224,15 @@ class Ledger:
         if not self._rows:
             return
         self._wait()
-        rows, updates, audits = (pa.concat_tables(found) for found in (self._rows, self._updates, self._audits))
-        self._rows, self._updates, self._audits, self._num_rows = [], [], [], 0
         floats = value_columns(self.targets)
-        self._writing = self._thread.submit(write_parts, self.directory, self.ranks, rows, updates, audits, floats)
+        self._writing = self._thread.submit(write_parts, self.directory, self.ranks, self._take_tables(), floats)
+
+    def _take_tables(self) -> dict[str, pa.Table]:
+        """What is on the host, by kind; it is the caller's now."""
+        found = {"values": self._rows, "updates": self._updates, "audit": self._audits, "features": self._features}
+        self._rows, self._updates, self._audits, self._features = [], [], [], []
+        self._num_rows = self._num_bytes = 0
+        return {kind: pa.concat_tables(tables) for kind, tables in found.items() if tables}
 
     def _wait(self) -> None:
         writing, self._writing = self._writing, None
@@ -256,21 +279,34 @@ def check_continues(directory: Path, described: dict[str, Any], after: int) -> N
         )
 
 
-def write_parts(
-    directory: Path, ranks: Ranks, rows: pa.Table, updates: pa.Table, audits: pa.Table, floats: list[str]
-) -> None:
+def table_of_features(steps: np.ndarray, features: list[Features], schema: pa.Schema) -> pa.Table:
+    """Rows of features [N, F], each with its update."""
+    scale = torch.cat([found.scale for found in features]).cpu().numpy()
+    codes = torch.cat([found.codes for found in features]).cpu().numpy()
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1)), type=schema.field("feature").type)
+    return pa.table({"step": steps, "scale": scale, "feature": rows}, schema=schema)
+
+
+def write_parts(directory: Path, ranks: Ranks, tables: dict[str, pa.Table], floats: list[str]) -> None:
     """One part of each kind, of audits if there are any. The values come last: they list the updates."""
-    first, last = updates["step"][0].as_py(), updates["step"][-1].as_py()
-    part = Part(directory, "values", first, last, ranks.index, ranks.count)
+    steps = tables["updates"]["step"]
+    part = Part(directory, "values", steps[0].as_py(), steps[-1].as_py(), ranks.index, ranks.count)
     if ranks.index == 0:
+        audits, updates = tables["audit"], tables["updates"]
         if audits.num_rows:
             write_table(replace(part, kind="audit").path, audits)
         audited = b"yes" if audits.num_rows else b"no"
         write_table(replace(part, kind="updates").path, updates.replace_schema_metadata({AUDITED: audited}))
+    if "features" in tables:
+        write_arrow(replace(part, kind="features").path, tables["features"])
+    write_values(part, tables["values"], floats)
+
+
+def write_values(part: Part, table: pa.Table, floats: list[str]) -> None:
     split = {column: "BYTE_STREAM_SPLIT" for column in floats}
     write_table(
         part.path,
-        rows,
+        table,
         use_dictionary=["step", "tokens"],
         column_encoding={"sample_id": "PLAIN", **split},
         row_group_size=131_072,
@@ -280,6 +316,13 @@ def write_parts(
 def write_table(path: Path, table: pa.Table, **encoding: Any) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", **encoding)
+    write_whole(path, sink.getvalue())
+
+
+def write_arrow(path: Path, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
     write_whole(path, sink.getvalue())
 
 

@@ -1,12 +1,23 @@
-"""Which checkpoint a run goes on from. It may have been killed in the midst of writing one."""
+"""Checkpoints of a run: which one it goes on from, and what late values take from them.
+
+A run may have been killed in the midst of writing one.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+from torch import nn
+from torch.optim import Optimizer
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+# Beside the optimizer's state, which numbers its parameters.
+OPTIMIZER_NAMES = "shapley_optimizer.json"
 
 
 def last_checkpoint(output_dir: str) -> str | None:
@@ -46,3 +57,25 @@ def chosen_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str
             "without it"
         )
     return found
+
+
+def save_optimizer_names(folder: str, optimizer: Optimizer, model: nn.Module) -> None:
+    """Which optimizer it is, and the names of each group's parameters in its own order."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    described = {"optimizer": type(optimizer).__name__, "groups": groups}
+    (Path(folder) / OPTIMIZER_NAMES).write_text(json.dumps(described), encoding="utf-8")
+
+
+def load_optimizer_names(folder: str | Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: the folder lacks them.
+    """
+    path = Path(folder) / OPTIMIZER_NAMES
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} lacks {OPTIMIZER_NAMES}: take a checkpoint, with its optimizer (save_only_model=False), that a "
+            "run with feature_dim > 0 has written"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))

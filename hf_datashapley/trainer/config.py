@@ -15,6 +15,7 @@ CHOICES = {
     "value_kernel": ("auto", "fused", "project", "jvp"),
     "path_slope": ("secant", "owen"),
     "second_pass": ("auto", "stash", "replay"),
+    "feature_dtype": ("float16", "float32"),
 }
 
 
@@ -61,6 +62,12 @@ class ShapleyConfig(TrainingArguments):
             against it (`ShapleyTrainer.audit`); three forward passes of the validation rows. 0: never. With
             `value_modules` what the other modules did is in `actual` only. With weights in half precision the
             measured losses are rounded, by more than a small step changes them.
+        feature_dim: numbers of each unit's randomly projected gradient that are stored with its values, so that it can
+            be valued on validation rows that arrive later (`LateValues`); as many as the parameters have entries lose
+            nothing. 0: none. With order "first" only. A unit takes 2 bytes a number on the disk each time that it is
+            trained on. In memory, a weight's projection takes 64 to 128 floats for each entry of its longer side, and
+            five bytes for as many of each of its shorter one.
+        feature_dtype: "float16", each unit's scaled to its range, or "float32".
         sample_id_column: int64 column with the samples' ids; a dataset without it is numbered by row. A stream must
             have it: integers from 0 on, each row's own, made where the rows are made. Rows of a stream that have the
             same id get one value.
@@ -128,6 +135,16 @@ class ShapleyConfig(TrainingArguments):
     audit_steps: int = field(
         default=0, metadata={"help": "Hold the values against the change of the loss every so many updates; 0: never."}
     )
+    feature_dim: int = field(
+        default=0,
+        metadata={
+            "help": "Numbers of each unit's projected gradient to store, for validation sets that arrive later; 0: "
+            "none."
+        },
+    )
+    feature_dtype: str = field(
+        default="float16", metadata={"help": "What the projected gradients are stored in: 'float16' or 'float32'."}
+    )
     sample_id_column: str = field(
         default="sample_id",
         metadata={
@@ -163,6 +180,20 @@ class ShapleyConfig(TrainingArguments):
             raise ValueError(f"path_nodes={self.path_nodes}: give at least 1 node")
         if self.audit_steps < 0:
             raise ValueError(f"audit_steps={self.audit_steps}: give a number of updates, or 0 for no audit")
+        if self.feature_dim < 0:
+            raise ValueError(f"feature_dim={self.feature_dim}: give a number of features, or 0 for none")
+        if self.feature_dim and self.value_order != "first":
+            raise ValueError(
+                f"feature_dim={self.feature_dim} stores what values of order 'first' are made of, not those of "
+                f"value_order={self.value_order!r}, whose directions follow each step: set value_order='first', or "
+                "feature_dim=0"
+            )
+        if self.feature_dim and self.scores_forward:
+            raise ValueError(
+                f"feature_dim={self.feature_dim} projects gradients of samples and of documents apart, which a "
+                "backward pass gives: set feature_dim=0, or value_unit='sample' or 'document' with "
+                "value_kernel='auto' instead of value_unit='token' or value_kernel='jvp'"
+            )
         if self.value_order != "first" and self.validation_interval > 1:
             raise ValueError(
                 f"value_order={self.value_order!r} follows the step of every update: set validation_interval=1, or "

@@ -11,6 +11,7 @@ from torch import nn
 from .. import __version__
 from ..directions.validation import Validation
 from ..ghost.capture import Capture
+from ..ghost.projection import described_plans
 from .config import ShapleyConfig
 from .valuation import momentum_of
 
@@ -20,6 +21,7 @@ def describe(args: ShapleyConfig, model: nn.Module, capture: Capture, validation
     follows_path = args.value_order == "path"
     return {
         "unit": args.value_unit,
+        "features": described_features(args, capture),
         "settings": {
             "model": type(model).__name__,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -36,9 +38,20 @@ def describe(args: ShapleyConfig, model: nn.Module, capture: Capture, validation
             },
             "validation_interval": args.validation_interval,
             "audit_steps": args.audit_steps,
+            "feature_dim": args.feature_dim,
+            "feature_dtype": args.feature_dtype,
             "seed": args.seed,
             "hf_datashapley": __version__,
             "transformers": transformers.__version__,
             "torch": torch.__version__,
         },
     }
+
+
+def described_features(args: ShapleyConfig, capture: Capture) -> dict[str, Any] | None:
+    """What it takes to project other gradients as the run has projected its own."""
+    if not args.feature_dim:
+        return None
+    plans = capture.plan(args.feature_dim)
+    width = sum(plan.width for plan in plans.values())
+    return {"dtype": args.feature_dtype, "width": width, **described_plans(plans, args.seed)}

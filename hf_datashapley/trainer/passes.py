@@ -27,6 +27,7 @@ from ..directions.validation import Validation
 from ..full_precision import full_dtype
 from ..ghost.capture import Capture
 from ..ghost.kept import Kept
+from ..ghost.projection import Projection, features_of
 from ..ghost.units import Places
 from ..random_state import RandomState
 from ..ranks import Ranks
@@ -58,13 +59,21 @@ class Pass(Protocol):
 
 
 class OnePass:
-    """Order "first"."""
+    """Order "first"; with a projection, the units' features too."""
 
-    def __init__(self, capture: Capture, scorer: Scorer, validation: Validation, order: FirstOrder):
+    def __init__(
+        self,
+        capture: Capture,
+        scorer: Scorer,
+        validation: Validation,
+        order: FirstOrder,
+        projection: Projection | None,
+    ):
         self.capture = capture
         self.scorer = scorer
         self.validation = validation
         self.order = order
+        self.projection = projection
         self._gradients: dict[str, Tensor] | None = None
         self._directions: dict[str, Tensor] = {}
 
@@ -87,7 +96,13 @@ class OnePass:
             self._gradients = None  # not needed again
 
     def micro_batch(self, update: Update, micro_batch: MicroBatch) -> Tensor:
-        loss, scores = self.scorer.training(micro_batch, self._directions)
+        if self.projection is None:
+            loss, scores = self.scorer.training(micro_batch, self._directions)
+        else:
+            assert not isinstance(micro_batch.units, Places)
+            with self.capture.projecting(self.projection, micro_batch.units) as taps:
+                loss, scores = self.scorer.training(micro_batch, self._directions)
+            update.features.append(features_of(taps))
         update.scores.append(scores)
         return loss
 

@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from ..directions.optimizers import check_groups, check_optimizer_class
 from ..directions.validation import needs_half_precision
+from ..ghost.capture import Capture
 from .compiled import is_compiling
 from .config import ShapleyConfig
 from .packed import packs_samples
@@ -156,6 +157,10 @@ def check_compilation(args: ShapleyConfig, accelerator: Accelerator, collator: A
                 args.value_unit == "document",
                 "set value_unit='sample', or torch_compile=False",
             ),
+            "feature_dim > 0 with torch_compile": (
+                args.feature_dim > 0,
+                "set feature_dim=0, or torch_compile=False",
+            ),
             "torch_compile by regions": (
                 plugin.use_regional_compilation,
                 "launch with --dynamo_use_regional_compilation false",
@@ -170,6 +175,12 @@ def check_compilation(args: ShapleyConfig, accelerator: Accelerator, collator: A
             ),
         }
     )
+
+
+def check_features(args: ShapleyConfig, capture: Capture) -> None:
+    """Raises `ValueError` where there are fewer features than scored parameters."""
+    if args.feature_dim:
+        capture.plan(args.feature_dim)
 
 
 def check_model(model: nn.Module, mixed_precision: str) -> None:

@@ -48,6 +48,7 @@ from .checkpoints import chosen_checkpoint, last_checkpoint, updates_of
 from .compiled import compiled_apart, is_compiling, traced_apart
 from .config import ShapleyConfig
 from .description import describe
+from .feature_size import announce_size
 from .packed import check_documents_apart, check_samples_apart, packs_samples, train_flags_kept
 from .precision import Precision
 from .samples import IdentifiedRows, drawn_samples, is_stream, read_sample_ids
@@ -112,6 +113,7 @@ class ShapleyTrainer(Trainer):
         if last_checkpoint(args.output_dir) is None:  # else the run may go on
             refuse_existing(Path(self.value_dir))
         self._make_capture()
+        requirements.check_features(args, self._capture)
         self._sample_ids = read_sample_ids(self.train_dataset, args.sample_id_column, progress=self._shows_progress)
         self._unit_plan = self._make_unit_plan()
         self._targets = read_targets(
@@ -203,6 +205,9 @@ class ShapleyTrainer(Trainer):
         assert self._ledger is not None
         self._end_run()
         self._ledger.restart()
+        if self.args.feature_dim and self.is_world_process_zero():
+            updates = self.state.max_steps - self.state.global_step
+            announce_size(self.args, self._capture, self.value_dir, updates * self._rows_of_an_update)
         self._validation = self._make_validation()
         optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
         twice = self.args.value_order == "second"  # differentiates twice, which compiled graphs do not
@@ -267,10 +272,14 @@ class ShapleyTrainer(Trainer):
             return self._remove_unused_columns(dataset, description), self.data_collator
         return dataset, self._get_collator_with_removed_columns(self.data_collator, description)
 
+    @property
+    def _rows_of_an_update(self) -> int:
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
     def _make_validation(self) -> Validation:
         trainer = weakref.proxy(self)  # as in `UpdateBoundaries`
         precision = self._precision()
-        rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        rows = self._rows_of_an_update
         size = self.args.validation_batch_size or max(1, rows // 16)
 
         def loss_scale() -> Tensor | None:

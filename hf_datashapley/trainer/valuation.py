@@ -20,12 +20,16 @@ from ..directions.second_order import SecondOrder
 from ..directions.update_rule import UpdateRule
 from ..directions.validation import Validation
 from ..directions.weights import weights_at
+from ..full_precision import full_dtype
 from ..ghost.capture import Capture
+from ..ghost.projection import Projection
 from ..ledger import Ledger
 from ..ranks import Ranks
+from ..values import features
 from ..values.additivity import HALF_TOLERANCE, TOLERANCE, check_shares
 from ..values.statistics import LogStatistics
 from ..values.update import Update, UpdateAudit
+from .checkpoints import save_optimizer_names
 from .config import ShapleyConfig
 from .passes import OnePass, Pass, SecondPass, TwoPass
 from .precision import Precision
@@ -68,6 +72,8 @@ class Valuation:
         self.scores: Pass = make_pass(args, capture, scorer, validation, optimizer, self.rule, precision, compiled)
         self.statistics = LogStatistics([target.name for target in validation.targets])
         self._precision = precision
+        self._stores_features = args.feature_dim > 0
+        self._feature_dtype = features.DTYPES[args.feature_dtype]
         self._optimizer = optimizer
         self._step = 0
         self._update: Update | None = None
@@ -82,7 +88,7 @@ class Valuation:
         if self._update is None:
             self._step = step
             learning_rate = float(self._optimizer.param_groups[0]["lr"])
-            self._update = Update(len(self.validation.targets), learning_rate, self.ranks)
+            self._update = Update(len(self.validation.targets), learning_rate, self.ranks, self._feature_dtype)
             self._update.loss_scale = self._precision.loss_scale()
             self.scores.begin(self.model, self._update, step)
         loss = self.scores.micro_batch(self._update, micro_batch)
@@ -136,6 +142,8 @@ class Valuation:
         kept = self.scores.state()
         if kept:
             save_file(kept, Path(folder) / STATE)
+        if self._stores_features:
+            save_optimizer_names(folder, self._optimizer, self.uncompiled)
 
     def load(self, folder: str) -> None:
         """
@@ -177,7 +185,8 @@ def make_pass(
 ) -> Pass:
     scored, momentum = capture.parameters, momentum_of(args)
     if args.value_order == "first":
-        return OnePass(capture, scorer, validation, FirstOrder(optimizer, scored, rule.proxy, momentum))
+        directions = FirstOrder(optimizer, scored, rule.proxy, momentum)
+        return OnePass(capture, scorer, validation, directions, make_projection(args, capture))
     order: SecondOrder | PathOrder | OwenOrder
     if args.value_order == "second":
         order = SecondOrder(rule, scored, momentum)
@@ -187,3 +196,11 @@ def make_pass(
         order = PathOrder(rule, scored, args.path_nodes, momentum)
     replays = compiled or args.scores_forward
     return TwoPass(capture, scorer, validation, order, "replay" if replays else cast(SecondPass, args.second_pass))
+
+
+def make_projection(args: ShapleyConfig, capture: Capture) -> Projection | None:
+    """On the device of the scored parameters, in their full precision."""
+    if not args.feature_dim:
+        return None
+    some = next(iter(capture.parameters.values()))
+    return Projection(capture.plan(args.feature_dim), args.seed, some.device, full_dtype(some.dtype))

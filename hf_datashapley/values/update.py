@@ -3,7 +3,7 @@
 Everything stays on the device that trains: nothing here waits for a GPU. Of several ranks each gathers its own
 units; what is said of the update as a whole is the same on all of them.
 
-Shapes: N units (samples, documents) of the update on this rank, U of a micro-batch, K targets.
+Shapes: N units (samples, documents) of the update on this rank, U of a micro-batch, K targets, F features.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..full_precision import in_full
 from ..ranks import Ranks
+from .features import Features, encoded
 
 
 @dataclass
@@ -50,6 +51,8 @@ class UpdateValues:
         totals: float64 [4, K], over the units of all ranks: their number, sum of values, sum of squares, number of
             negative values; all 0 where `skipped`.
         audit: of an audited update; it means nothing where `skipped`.
+        features: of the units' shares of the gradient as training averages it, not clipped; where they are asked for.
+            All 0 where `skipped`.
     """
 
     step: int
@@ -63,6 +66,7 @@ class UpdateValues:
     finite: Tensor
     totals: Tensor
     audit: UpdateAudit | None = None
+    features: Features | None = None
 
 
 class Update:
@@ -70,10 +74,11 @@ class Update:
 
     Scores, <what a backward pass gives as the unit's gradient, u>, are [U, K] for each micro-batch, in order; an
     update that ends without them has value 0. The unit's share of the unclipped gradient is one rank's part of that
-    (ranks average their gradients), without the scale of the loss.
+    (ranks average their gradients), without the scale of the loss. Features of the same gradients, where they are
+    wanted, are [U, F] for each micro-batch, to be stored in `feature_dtype`.
     """
 
-    def __init__(self, targets: int, learning_rate: float, ranks: Ranks):
+    def __init__(self, targets: int, learning_rate: float, ranks: Ranks, feature_dtype: torch.dtype = torch.float16):
         self.targets = targets
         self.learning_rate = learning_rate
         self.ranks = ranks
@@ -87,6 +92,8 @@ class Update:
         self._tokens: list[Tensor] = []
         self._losses: list[Tensor] = []
         self.scores: list[Tensor] = []
+        self.features: list[Tensor] = []
+        self.feature_dtype = feature_dtype
 
     def add(self, ids: dict[str, Tensor], tokens: Tensor, loss: Tensor) -> None:
         """A micro-batch: ids by name, int64 [U], int64 [U], its training loss."""
@@ -105,10 +112,12 @@ class Update:
     @property
     def factor(self) -> float | Tensor:
         """What makes c g_i of a gradient that a backward pass gives for unit i."""
-        factor: float | Tensor = 1 / self.ranks.count
-        if self.clip is not None:
-            factor = factor * self.clip
-        return factor if self.loss_scale is None else factor / self.loss_scale
+        return self.share if self.clip is None else self.share * self.clip
+
+    @property
+    def share(self) -> float | Tensor:
+        """What makes g_i of it."""
+        return 1 / self.ranks.count if self.loss_scale is None else 1 / self.ranks.count / self.loss_scale
 
     def own_values(self) -> Tensor:
         """<c g_i, u>, [N, K]."""
@@ -129,6 +138,11 @@ class Update:
         total = values.sum(0)
         self.ranks.sum_([total])
         return total
+
+    def stored_features(self, skipped: Tensor) -> Features | None:
+        if not self.features:
+            return None
+        return encoded((torch.cat(self.features) * self.share).masked_fill(skipped, 0.0), self.feature_dtype)
 
     def finish(self, step: int, optimizer_skipped: bool | Tensor, audit: UpdateAudit | None = None) -> UpdateValues:
         values = self.values()
@@ -157,4 +171,5 @@ class Update:
             finite=finite,
             totals=summed[:-1].masked_fill(skipped, 0.0),
             audit=audit,
+            features=self.stored_features(skipped),
         )
