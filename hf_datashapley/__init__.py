@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .attribution import LateValues
     from .documents import pack_documents
     from .ledger import load_audit, load_updates, load_value_history, load_values
     from .trainer import ShapleyConfig, ShapleyTrainer
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "LateValues",
     "ShapleyConfig",
     "ShapleyTrainer",
     "load_audit",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "LateValues": "attribution",
     "ShapleyConfig": "trainer",
     "ShapleyTrainer": "trainer",
     "load_audit": "ledger",

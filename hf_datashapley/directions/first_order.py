@@ -93,6 +93,21 @@ def sgd_factor(group: dict[str, Any], state: dict[str, Any], momentum: Momentum)
     return lr * (1 + mu) if group["nesterov"] else lr * taken_up(group, state)
 
 
+def late_factor(kind: str, group: dict[str, Any], number: int, momentum: Momentum) -> float:
+    """What is left of -S_0 / lr at the number-th step of an optimizer (from 1), when it is known later.
+
+    For "SGD" it is -S_0 / lr, a number; for "Adam" and "AdamW" it is without 1 / (sqrt(v_hat) + eps), and 0 at the
+    first step, where nothing has a second moment yet.
+    """
+    if kind == "SGD":
+        buffer = {} if number == 1 else {"momentum_buffer": True}
+        return float(sgd_factor({**group, "lr": 1.0}, buffer, momentum))
+    if number == 1:
+        return 0.0
+    beta1, _ = group["betas"]
+    return 1.0 if momentum == "unrolled" else (1 - beta1) / (1 - beta1**number)
+
+
 def scale_by_adam(
     direction: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any], momentum: Momentum
 ) -> None:
