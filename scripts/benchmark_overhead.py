@@ -284,6 +284,8 @@ def start_processes(setting: Setting) -> None:
 
 def main() -> None:
     (setting,) = HfArgumentParser(Setting).parse_args_into_dataclasses()
+    if setting.rounds < 2:
+        raise SystemExit(f"--rounds {setting.rounds}: quartiles take at least 2")
     if setting.processes > 1 and setting.folder is None:
         start_processes(setting)
         return

@@ -4,7 +4,7 @@ A small GPT-2 trains with dropout, accumulation, clipping and checkpoints. Every
 DDP) of its own, which is killed by SIGKILL at a moment drawn anew, whatever it is doing: loading, training, writing a
 part of the ledger or a checkpoint. The next attempt resumes from the last checkpoint, as a job script would. When a
 run gets through, all its tables must be the uninterrupted run's, bit for bit, and another run is begun, until there
-were enough kills.
+were enough kills; those before the first checkpoint, after which nothing is left to go on from, do not count.
 
     python scripts/kill_and_resume.py                                  # 20 kills of a run of one process
     python scripts/kill_and_resume.py --processes 2 --value_order path
@@ -55,7 +55,7 @@ LENGTH = 12
 class Setting:
     """What is killed, and how often."""
 
-    kills: int = 20
+    kills: int = field(default=20, metadata={"help": "Of attempts that leave a checkpoint to go on from."})
     processes: int = field(default=1, metadata={"help": "Processes that train together (DDP); all are killed."})
     updates: int = field(default=60, metadata={"help": "Of a run."})
     save_steps: int = 3
@@ -193,13 +193,13 @@ def main() -> None:
             while kills < setting.kills:
                 if not Attempt(folder, setting).kill_after(draw.uniform(0, SPAN * seconds)):
                     break
-                kills += 1
                 attempts_of_run += 1
-                bar.update()
                 newest = max((int(p.name[11:]) for p in folder.glob("checkpoint-*")), default=0)
                 complete = last_checkpoint(str(folder))
                 half_written += complete != (str(folder / f"checkpoint-{newest}") if newest else None)
                 from_scratch += complete is None
+                kills += complete is not None
+                bar.update(complete is not None)
                 if attempts_of_run > PATIENCE:
                     raise RuntimeError(f"{folder} does not get anywhere after {attempts_of_run} attempts")
             else:
@@ -210,9 +210,8 @@ def main() -> None:
         bar.close()
     print(
         f"{kills} kills of {runs} runs ({setting.processes} processes, order {setting.value_order!r}, "
-        f"{setting.updates} updates, a checkpoint every {setting.save_steps}): {from_scratch} before the first "
-        f"checkpoint, {half_written} in the midst of writing one; every ledger is that of a run never interrupted, "
-        "bit for bit"
+        f"{setting.updates} updates, a checkpoint every {setting.save_steps}), {half_written} in the midst of writing "
+        f"one, and {from_scratch} more before the first; every ledger is that of a run never interrupted, bit for bit"
     )
 
 

@@ -190,6 +190,7 @@ def test_inductor(tmp_path):
     [
         ({"torch_compile_backend": "cudagraphs"}, "torch_compile with backend cudagraphs", "'inductor'"),
         ({"torch_compile_mode": "reduce-overhead"}, "mode reduce-overhead", "torch_compile_mode='default'"),
+        ({"label_smoothing_factor": 0.1}, "torch_compile with label_smoothing_factor", "label_smoothing_factor=0"),
         ({"value_order": "path", "second_pass": "stash"}, "second_pass='stash' with torch_compile", "'replay'"),
         ({"value_order": "path", "path_slope": "owen"}, "path_slope='owen' with torch_compile", "'secant'"),
     ],

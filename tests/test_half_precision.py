@@ -20,6 +20,7 @@ from torch.optim import SGD, AdamW
 from transformers import Trainer
 
 from hf_datashapley import ShapleyTrainer, load_updates
+from hf_datashapley.directions.owen import OwenOrder
 from hf_datashapley.directions.weights import weights_at
 from hf_datashapley.full_precision import inner_products
 from hf_datashapley.ghost.rules import rule_for
@@ -442,3 +443,23 @@ def test_sums_over_a_large_embedding_keep_their_digits():
     left = torch.stack([right, -right])
     exact = (left.double() * right.double()).sum((1, 2))
     assert (inner_products(left, right) / exact - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rounded_losses_of_a_frozen_base_are_not_shared_out(tmp_path, monkeypatch, dtype):
+    """Of float32 adapters over a base in half precision, which rounds the losses."""
+    shared = []
+    monkeypatch.setattr(OwenOrder, "path_ends", lambda *_: shared.append(1) or (torch.ones(1), torch.ones(1)))
+    model = build("gpt2-lora")
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    rows = dataset(text_rows(6))
+    ShapleyTrainer(
+        model,
+        config(tmp_path, value_order="path", path_slope="owen", max_steps=1),
+        train_dataset=rows,
+        validation_dataset=rows,
+        data_collator=collate,
+    ).train()
+    assert bool(shared) == (dtype == torch.float32)

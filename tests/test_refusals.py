@@ -161,6 +161,12 @@ class Compressing(ShapleyTrainer):
     "trainer_class, settings, named, cure",
     [
         (ShapleyTrainer, {"auto_find_batch_size": True}, "auto_find_batch_size in several", "per_device_train_batch"),
+        (
+            ShapleyTrainer,
+            {"accelerator_config": {"even_batches": False}},
+            "even_batches=False in several",
+            "dataloader_drop_last=True",
+        ),
         (Compressing, {}, "communication hook bf16", "comm_hook"),
     ],
 )

@@ -122,6 +122,15 @@ def test_a_checkpoint_without_its_validation_gradient_is_refused(tmp_path):
         make(tmp_path / "run", validation_interval=5).train(str(tmp_path / "run" / "checkpoint-9"))
 
 
+@pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_without_what_the_run_goes_on_with_is_refused(tmp_path, missing):
+    """`Trainer` begins anew with it and says nothing."""
+    make(tmp_path / "run").train()
+    (tmp_path / "run" / "checkpoint-9" / missing).unlink()
+    with pytest.raises(ValueError, match=f"lacks {missing[:9]}.*save_only_model=False.*new `output_dir`"):
+        make(tmp_path / "run").train(str(tmp_path / "run" / "checkpoint-9"))
+
+
 def test_a_run_that_is_over_makes_no_further_update(tmp_path):
     """Killed after its last checkpoint, in the midst of an epoch."""
     make(tmp_path / "run").train()

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
@@ -57,6 +57,21 @@ def chosen_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str
             "without it"
         )
     return found
+
+
+def check_whole(checkpoint: str) -> None:
+    """`Trainer` begins anew, without a word, with whatever of its state it does not find.
+
+    Raises:
+        ValueError: something of it is not there.
+    """
+    for pattern in (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, "rng_state*.pth"):
+        if not any(Path(checkpoint).glob(pattern)):
+            raise ValueError(
+                f"resume_from_checkpoint: {checkpoint} lacks {pattern}, so what came next would not be what the run "
+                "would have done: resume from a checkpoint that is whole (save_only_model=False), or start a new run "
+                "from its weights with a new `output_dir`"
+            )
 
 
 def save_optimizer_names(folder: str, optimizer: Optimizer, model: nn.Module) -> None:

@@ -54,14 +54,15 @@ class ShapleyConfig(TrainingArguments):
         path_nodes: Gauss-Legendre nodes of order "path", a validation pass each.
         path_slope: "secant", the step that Adam makes of the whole batch, per unit of gradient; "owen", averaged over
             coalitions of samples: right also in the first updates and for rarely touched rows, and dearer. The same
-            under SGD. With weights in half precision its values add up to the change of the loss only nearly.
+            under SGD. With weights in half precision, frozen ones too, its values add up to the change of the loss
+            only nearly.
         second_pass: how orders "second" and "path" score when the step is known: "stash" keeps every layer's inputs
             and output gradients until then, "replay" runs the update's micro-batches again. "auto": "stash" if it
             takes no more than half of the memory that is free at the first update.
         audit_steps: every so many updates, measure what the update did to the validation losses, and hold the values
             against it (`ShapleyTrainer.audit`); three forward passes of the validation rows. 0: never. With
-            `value_modules` what the other modules did is in `actual` only. With weights in half precision the
-            measured losses are rounded, by more than a small step changes them.
+            `value_modules` what the other modules did is in `actual` only. With weights in half precision, frozen ones
+            too, the measured losses are rounded, by more than a small step changes them.
         feature_dim: numbers of each unit's randomly projected gradient that are stored with its values, so that it can
             be valued on validation rows that arrive later (`LateValues`); as many as the parameters have entries lose
             nothing. 0: none. With order "first" only. A unit takes 2 bytes a number on the disk each time that it is

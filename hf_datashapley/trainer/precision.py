@@ -15,7 +15,8 @@ from ..full_precision import HALF
 class Precision:
     """
     Attributes:
-        half_weights: whether a scored weight is in half precision.
+        half_weights: whether any of the model's weights is, also one that does not train: losses are rounded then.
+            (A quantised base has embeddings and norms in the type that it computes in.)
         half_products: whether products are made in it, because of that or by autocast.
     """
 

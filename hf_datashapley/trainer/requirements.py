@@ -149,6 +149,11 @@ def check_compilation(args: ShapleyConfig, accelerator: Accelerator, collator: A
                 accelerator.mixed_precision == "fp16",
                 "set bf16=True, or torch_compile=False",
             ),
+            # transformers does not see through the compiled model that its labels have to be shifted.
+            "torch_compile with label_smoothing_factor": (
+                args.label_smoothing_factor > 0,
+                "set label_smoothing_factor=0, or torch_compile=False",
+            ),
             "torch_compile with packed samples": (
                 packs_samples(collator),
                 "use a collator that keeps a row for each sample, or set torch_compile=False",
@@ -212,6 +217,12 @@ def check_model(model: nn.Module, mixed_precision: str) -> None:
 def check_loading(accelerator: Accelerator, collator: Any, dataset: Any, args: ShapleyConfig) -> None:
     """What of the loader's settings goes together."""
     dispatches = accelerator.dispatch_batches or (accelerator.dispatch_batches is None and is_stream(dataset))
+    if accelerator.num_processes > 1 and not accelerator.even_batches and not args.dataloader_drop_last:
+        raise ValueError(
+            "ShapleyTrainer does not support even_batches=False in several processes, of which one may then have a "
+            "batch less and the others wait for it: leave accelerator_config's even_batches at True, or set "
+            "dataloader_drop_last=True"
+        )
     shares_rows = {
         "DataCollatorWithFlattening": packs_samples(collator),
         f"value_unit={args.value_unit!r}": args.value_unit != "sample",

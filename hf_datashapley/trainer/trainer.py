@@ -44,7 +44,7 @@ from ..loss_tokens import count_loss_tokens, shifts_labels
 from ..ranks import Ranks
 from . import requirements
 from .batches import IdColumns, IdentifyingCollator, UnitPlan, take_units
-from .checkpoints import chosen_checkpoint, last_checkpoint, updates_of
+from .checkpoints import check_whole, chosen_checkpoint, last_checkpoint, updates_of
 from .compiled import compiled_apart, is_compiling, traced_apart
 from .config import ShapleyConfig
 from .description import describe
@@ -255,7 +255,7 @@ class ShapleyTrainer(Trainer):
         )
 
     def _precision(self) -> Precision:
-        return Precision(self.accelerator, self._capture.parameters.values())
+        return Precision(self.accelerator, self.model.parameters())
 
     @property
     def _shows_progress(self) -> bool:
@@ -333,9 +333,11 @@ class ShapleyTrainer(Trainer):
 
         Raises:
             ValueError: `value_dir` holds the ledger of an earlier run; or, resuming, it does not hold this run's, or
-                not all updates up to the checkpoint.
+                not all updates up to the checkpoint, or the checkpoint lacks what the run would go on with.
         """
         self._checkpoint = chosen_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if self._checkpoint is not None:
+            check_whole(self._checkpoint)
         self._ranks.wait()  # until all have looked for a ledger that is in the way
         self._ledger = Ledger(
             self.value_dir,
