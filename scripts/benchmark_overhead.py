@@ -12,13 +12,17 @@ has imported everything and built the model.
     python scripts/benchmark_overhead.py --targets 8 --variants plain ceiling fused
     python scripts/benchmark_overhead.py --validation_interval 10 --rounds 8 --variants plain ceiling fused
     python scripts/benchmark_overhead.py --variants plain second path path-3 owen owen-3
+    python scripts/benchmark_overhead.py --document_length 200 --variants plain ceiling fused documents tokens
     python scripts/benchmark_overhead.py --variants plain plain-compiled ceiling-compiled fused-compiled fused
     python scripts/benchmark_overhead.py --variants plain fused features      # 4,096 features of each sample
     python scripts/benchmark_overhead.py --processes 2 --threads 1 --variants plain ceiling fused    # DDP
 
 "x-compiled" is variant x with `torch_compile=True`. Ratios are taken over whichever of plain, plain-compiled, ceiling
-and ceiling-compiled are among the variants. Compiling is part of the first update, which is not counted; its memory
-is.
+and ceiling-compiled are among the variants, and over fused if documents or tokens are. Compiling is part of the first
+update, which is not counted; its memory is.
+
+With `--document_length` rows are packed from documents one after the other, cut where a row is full. All variants
+train on the same rows, with the attention mask that keeps documents apart; fused then values whole rows.
 """
 
 from __future__ import annotations
@@ -58,6 +62,7 @@ from transformers import (
 
 import hf_datashapley
 from hf_datashapley import ShapleyConfig, ShapleyTrainer
+from hf_datashapley.loss_tokens import IGNORED
 from hf_datashapley.trainer.compiled import compiled_apart
 
 
@@ -72,9 +77,12 @@ VALUED: dict[str, dict[str, Any]] = {
     "replay": {"value_order": "path", "second_pass": "replay"},
     "owen": {"value_order": "path", "path_slope": "owen"},
     "owen-3": {"value_order": "path", "path_slope": "owen", "path_nodes": 3},
+    "documents": {"value_unit": "document"},
+    "tokens": {"value_unit": "token"},
 }
 COMPILED = "-compiled"
 BASES = ("plain", f"plain{COMPILED}", "ceiling", f"ceiling{COMPILED}")
+PARTS = {"documents", "tokens"}  # of rows; what they cost over values of whole rows
 
 
 @dataclass
@@ -86,6 +94,9 @@ class Setting:
     width: int = 256
     vocabulary: int = 8192
     length: int = field(default=256, metadata={"help": "Tokens in a row."})
+    document_length: int = field(
+        default=0, metadata={"help": "Tokens of the documents that rows are packed from; 0: a row is not divided."}
+    )
     batch_size: int = field(default=8, metadata={"help": "Training rows of a process in an update."})
     validation_rows: int = field(default=1, metadata={"help": "Validation rows of each target at an update."})
     targets: int = 1
@@ -131,8 +142,21 @@ def build_model(setting: Setting) -> PreTrainedModel:
 
 
 def random_rows(setting: Setting, count: int, seed: int) -> Dataset:
-    ids = torch.randint(setting.vocabulary, (count, setting.length), generator=torch.Generator().manual_seed(seed))
-    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    """R rows of T tokens; of documents as `pack_documents` makes them."""
+    shape = count, setting.length
+    ids_RT = torch.randint(setting.vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+    if not setting.document_length:
+        return Dataset.from_dict({"input_ids": ids_RT.tolist(), "labels": ids_RT.tolist()})
+    token_RT = torch.arange(ids_RT.numel()).view(shape)
+    # A document that goes on in another row begins again there.
+    position_RT = torch.minimum(token_RT % setting.document_length, torch.arange(setting.length))
+    columns = {
+        "input_ids": ids_RT,
+        "labels": ids_RT.masked_fill(position_RT == 0, IGNORED),
+        "position_ids": position_RT,
+        "document_id": token_RT // setting.document_length,
+    }
+    return Dataset.from_dict({name: column_RT.tolist() for name, column_RT in columns.items()})
 
 
 class Baton(TrainerCallback):
@@ -263,8 +287,8 @@ def print_machine(setting: Setting) -> dict[str, str]:
 
 def measured_memory(setting: Setting, variant: str) -> float:
     command = [sys.executable, __file__, "--only", variant]
-    for name in ("family", "layers", "width", "vocabulary", "length", "batch_size", "validation_rows", "targets",
-                 "validation_interval", "threads"):  # fmt: skip
+    for name in ("family", "layers", "width", "vocabulary", "length", "document_length", "batch_size",
+                 "validation_rows", "targets", "validation_interval", "threads"):  # fmt: skip
         command += [f"--{name}", str(vars(setting)[name])]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -306,12 +330,13 @@ def main() -> None:
         measured_seconds(setting)
         return
     versions = print_machine(setting)
+    documents = f" packed from documents of {setting.document_length}" if setting.document_length else ""
     print(
         f"{setting.family} {setting.layers}x{setting.width}, vocabulary {setting.vocabulary}, "
         f"{sum(p.numel() for p in build_model(setting).parameters()) / 1e6:.1f}M parameters; {setting.batch_size} + "
-        f"{setting.targets} x {setting.validation_rows} rows of {setting.length} tokens, a fresh validation gradient "
-        f"every {setting.validation_interval} updates; AdamW, clipping; {setting.processes} processes; "
-        f"{setting.rounds} rounds"
+        f"{setting.targets} x {setting.validation_rows} rows of {setting.length} tokens{documents}; a fresh "
+        f"validation gradient every {setting.validation_interval} updates; AdamW, clipping; {setting.processes} "
+        f"processes; {setting.rounds} rounds"
     )
     seconds = measured_seconds(setting)
     memory: dict[str, float] = {}
@@ -319,6 +344,8 @@ def main() -> None:
         memory = {variant: measured_memory(setting, variant) for variant in ["model", *setting.variants]}
     results = []
     bases = [base for base in BASES if base in seconds]
+    if "fused" in seconds and PARTS & seconds.keys():
+        bases.append("fused")
     columns = "  ".join(f"over {base}".center(22) for base in bases)
     print(f"{'variant':18} ms/update      IQR    {columns}   peak MiB  over plain")
     for variant, times in seconds.items():
