@@ -188,6 +188,17 @@ def test_held_out_documents_are_never_trained_on():
     assert hold_out(corpus, ["a", "b"], seed=2)[1] != held_out
 
 
+def test_a_corpus_with_splits_is_divided_by_them():
+    splits = ["train", "validation", "test", None]
+    corpus = [Document(text(i), "ab"[i % 2], str(i), split=splits[i // 2 % 4]) for i in range(240)]
+    train, held_out = hold_out(corpus, ["b"], seed=0)
+    assert train == [document for document in corpus if document.split == "train"]
+    assert held_out == {"b": [d for d in corpus if d.split == "validation" and d.domain == "b"]}
+    assert len(held_out["b"]) == 30
+    with pytest.raises(ValueError, match="--targets c: the corpus has a column `split`, and no document of this"):
+        hold_out(corpus, ["b", "c"], seed=0)
+
+
 # Junk
 
 
@@ -349,12 +360,13 @@ def test_table_has_the_domains_then_the_junk_then_all(samples):
 
 
 def test_a_corpus_is_read_from_parquet_or_json_lines(tmp_path):
-    rows = [{"text": "a b", "domain": "x", "title": "t"}, {"text": None, "domain": "x"}, {"text": "c"}, {"text": " "}]
+    rows = [{"text": "a b", "domain": "x", "title": "t", "split": "train"}, {"text": None, "domain": "x"}]
+    rows += [{"text": "c"}, {"text": " "}]
     lines = tmp_path / "corpus.jsonl"
     lines.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     parquet = tmp_path / "corpus.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet)
-    expected = [Document("a b", "x", "t"), Document("c", "none", "document 2")]
+    expected = [Document("a b", "x", "t", split="train"), Document("c", "none", "document 2")]
     assert read_corpus(str(lines)) == read_corpus(str(parquet)) == expected
     lines.write_text('{"text": "a"}')
     assert read_corpus(str(lines)) == [Document("a", "corpus", "document 0")]

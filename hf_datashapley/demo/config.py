@@ -14,15 +14,15 @@ class DemoConfig:
     corpus: str | None = field(
         default=None,
         metadata={
-            "help": "Parquet or JSONL file with a document per row: column `text` and, where there are, `domain`. "
-            "Without it: the text of this Python installation."
+            "help": "Parquet or JSONL file with a document per row: column `text` and, where there are, `domain` and "
+            "`split` (train, validation). Without it: the text of this Python installation."
         },
     )
     targets: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Domains whose loss is explained; one document in ten of each is held out for it. Default: code "
-            "and prose; with --corpus, the two largest domains."
+            "help": "Domains whose loss is explained; one document in ten of each is held out for it, or those of the "
+            "corpus' own split. Default: code and prose; with --corpus, the two largest domains."
         },
     )
     junk_share: float = field(

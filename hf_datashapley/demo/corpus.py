@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 
 WHOLE = "corpus"  # the domain of documents that have none
+TRAIN, VALIDATION = "train", "validation"  # as a corpus calls its own splits
 SHINGLE_WORDS = 8
 SHINGLES_KEPT = 4  # one of so many, chosen by content
 HELD_OUT_DOCUMENTS = 24  # of a target, at most
@@ -31,16 +32,17 @@ HELD_OUT_SHARE = 10  # one document of so many, at most
 @dataclass(frozen=True)
 class Document:
     """`junk` is the type of planted junk, None for real text; `title` says where the text is from, without a path of
-    this machine."""
+    this machine; `split` is what the corpus says that it is for, None if it does not."""
 
     text: str
     domain: str
     title: str
     junk: str | None = None
+    split: str | None = None
 
 
 def read_corpus(path: str) -> list[Document]:
-    """The documents of a Parquet or JSONL file with a column `text` and, where there are, `domain` and `title`.
+    """The documents of a Parquet or JSONL file with a column `text` and, where there are, `domain`, `title`, `split`.
 
     Rows whose text is null or blank are left out; a null domain becomes "none".
 
@@ -68,8 +70,15 @@ def read_corpus(path: str) -> list[Document]:
             continue
         domain = row.get("domain")
         name = ("none" if domain is None else str(domain)) if has_domains else WHOLE
-        title = row.get("title")
-        documents.append(Document(text, name, f"document {number}" if title is None else str(title)))
+        title, split = row.get("title"), row.get("split")
+        documents.append(
+            Document(
+                text,
+                name,
+                f"document {number}" if title is None else str(title),
+                split=None if split is None else str(split),
+            )
+        )
     if not documents:
         raise ValueError(f"--corpus {path}: no row has text")
     return documents
@@ -84,7 +93,7 @@ def _read_parquet(file: Path) -> list[dict[str, object]]:
         names = parquet.schema_arrow.names
         if "text" not in names:
             raise ValueError(f"--corpus {file}: no column `text` among {names}; rename the column")
-        table = parquet.read([name for name in ("text", "domain", "title") if name in names])
+        table = parquet.read([name for name in ("text", "domain", "title", "split") if name in names])
         rows: list[dict[str, object]] = table.to_pylist()
         return rows
 
@@ -162,7 +171,16 @@ def choose_targets(documents: Sequence[Document], asked: Sequence[str] | None, d
 def hold_out(
     documents: Sequence[Document], targets: Sequence[str], seed: int
 ) -> tuple[list[Document], dict[str, list[Document]]]:
-    """Training documents in the order given, and for each target its held-out documents: one in ten, 24 at most."""
+    """Training documents in the order given, and for each target its held-out documents: one in ten, 24 at most.
+
+    A corpus that has splits of its own is divided by them: all its validation documents of a target are held out, and
+    only those of its training split are trained on.
+
+    Raises:
+        ValueError: there are splits, but no validation document of a target.
+    """
+    if any(document.split is not None for document in documents):
+        return _own_splits(documents, targets)
     generator = random.Random(seed)
     held_out = {}
     taken: set[int] = set()
@@ -172,3 +190,19 @@ def hold_out(
         held_out[target] = [documents[i] for i in chosen]
         taken.update(chosen)
     return [document for i, document in enumerate(documents) if i not in taken], held_out
+
+
+def _own_splits(
+    documents: Sequence[Document], targets: Sequence[str]
+) -> tuple[list[Document], dict[str, list[Document]]]:
+    held_out = {
+        target: [document for document in documents if document.domain == target and document.split == VALIDATION]
+        for target in targets
+    }
+    for target, kept in held_out.items():
+        if not kept:
+            raise ValueError(
+                f"--targets {target}: the corpus has a column `split`, and no document of this domain whose split is "
+                f"{VALIDATION!r}: choose another target, or leave the column out to have documents drawn"
+            )
+    return [document for document in documents if document.split == TRAIN], held_out
