@@ -4,13 +4,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from models import build, dataset, text_rows
+from models import IGNORED, build, dataset, text_rows
 from oracles import Float64
 from packed_documents import KEYS, ROWS, DocumentRecorder, packed_rows, pieces, prepare_documents, short_rows
 from prepared import ORDERS, config, prepare, two_groups
 from recorder import assert_history
 from torch.optim import SGD, AdamW
-from transformers import DataCollatorWithFlattening, default_data_collator
+from transformers import DataCollatorWithFlattening, TrainerCallback, default_data_collator
 
 from hf_datashapley import ShapleyTrainer
 
@@ -183,3 +183,32 @@ def test_compilation_and_dispatching_are_refused(tmp_path, monkeypatch):
 def test_a_row_of_padding_alone_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not a list of integers"):
         make(tmp_path, rows=changed(document_id=lambda row: [-1] * 24)).train()
+
+
+class SwitchesCacheOn(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.config.use_cache = True
+
+
+def test_a_cache_that_is_turned_on_later(tmp_path):
+    trainer = make(tmp_path)
+    trainer.add_callback(SwitchesCacheOn())
+    with pytest.raises(ValueError, match="use_cache was set while training.*use_cache=False"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_validation_documents_that_a_mask_joins_are_refused(tmp_path):
+    rows = [
+        {**row, "attention_mask": [1] * 5, "position_ids": [0, 1, 0, 1, 2], "labels": [IGNORED, *row["labels"][1:]]}
+        for row in short_rows(3)
+    ]
+    arguments = {"train_dataset": dataset(packed_rows(pieces())), "data_collator": default_data_collator}
+    with pytest.raises(ValueError, match="validation rows hold documents.*attention_mask.*drop the column"):
+        ShapleyTrainer(
+            build("gpt2"), config(tmp_path, value_unit="document"), validation_dataset=dataset(rows), **arguments
+        )
+    whole = [{**row, "position_ids": [0, 1, 2, 3, 4]} for row in rows]
+    ShapleyTrainer(
+        build("gpt2"), config(tmp_path, value_unit="document"), validation_dataset=dataset(whole), **arguments
+    )

@@ -26,6 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from hf_datashapley import ShapleyConfig
 from hf_datashapley.evaluation import exact_shapley, fidelity, monte_carlo_shapley
+from hf_datashapley.evaluation.one_update import token_losses
 
 
 VOCABULARY, LENGTH = 61, 16
@@ -472,3 +473,19 @@ def test_first_order_is_the_limit_of_small_steps(tmp_path):
     trainer = run(tmp_path, 3, optimizer, learning_rate=0.01, value_momentum="immediate")
     found = compare(trainer, 3)
     assert found.relative_error <= 2e-2, found
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_documents_that_share_rows_are_apart(name):
+    """A game of rows whose positions begin again: the model's cache, on by default, must not join them."""
+    model = build(name)
+    assert model.config.use_cache
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    rows = {
+        "input_ids": tokens,
+        "labels": torch.tensor([[-100, 6, 7, -100, 9, 10]]),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]),
+    }
+    changed = {**rows, "input_ids": torch.tensor([[15, 16, 17, 8, 9, 10]])}
+    with torch.no_grad():
+        assert torch.equal(token_losses(model.eval(), rows)[:, 3:], token_losses(model, changed)[:, 3:])

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from ddp_cases import Poison
+from ddp_cases import Poison, summed_over_count
 from models import build, collate, dataset, rows_for, text_rows
 from oracles import relative_error
 from packed_documents import KEYS, prepare_documents
@@ -371,10 +371,41 @@ def test_damaged_features_are_named(tmp_path, whole, damage):
     assert not (tmp_path / "late").exists()
 
 
-def test_the_size_is_said_before_training(tmp_path, monkeypatch, caplog):
-    full = shutil.disk_usage(tmp_path)._replace(free=1_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+@pytest.mark.parametrize("free", [1_000, 10**12])
+def test_the_size_is_said_before_training(tmp_path, monkeypatch, caplog, free):
+    disk = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
     trainer = make(tmp_path, max_steps=1, save_strategy="no", feature_dim=300)
     trainer.train()
     (message,) = [record.message for record in caplog.records if "feature_dim" in record.message]
     assert "600 bytes for each visit of a sample" in message and "4 rows of this run" in message
+    assert ("set a smaller feature_dim" in message) == (free == 1_000)
+
+
+def test_the_size_counts_the_documents_of_a_row(tmp_path, caplog):
+    trainer, _, _ = prepare_documents(tmp_path, feature_dim=300, max_steps=1)
+    trainer.train()
+    (message,) = [record.message for record in caplog.records if "feature_dim" in record.message]
+    assert "2 rows of this run (if they hold 2.3 documents each)" in message
+    assert len(trainer.value_history()) in (4, 5, 6)
+
+
+def test_another_runs_checkpoints_are_refused(tmp_path, whole):
+    make(tmp_path / "other").train()
+    with pytest.raises(ValueError, match="are of different runs.*own checkpoints"):
+        late_values(whole).score(tmp_path / "other", NEW)
+
+
+def test_a_loss_function_of_the_runs_own_has_to_be_given(tmp_path):
+    trainer = make(tmp_path, max_steps=3)
+    trainer.compute_loss_func = summed_over_count
+    trainer.train()
+    with pytest.raises(ValueError, match="compute_loss_func.*`loss`"):
+        LateValues(tmp_path)
+    LateValues(tmp_path, loss=lambda model, batch: model(**batch).loss)
+
+
+def test_updates_without_a_checkpoint_near_are_warned_of(tmp_path, caplog):
+    make(tmp_path, save_steps=2, save_total_limit=1).train()
+    late_values(tmp_path).score(tmp_path, NEW)
+    assert any("of the updates 8 to 8 of 8" in record.message for record in caplog.records)

@@ -207,11 +207,12 @@ def test_positions_are_those_in_the_sample(tmp_path):
         ({"second_pass": "stash", "value_order": "path"}, "second_pass='stash'"),
         ({"value_order": "path", "path_slope": "owen"}, "path_slope='owen' needs the squares"),
         ({"token_samples": -1}, "token_samples=-1"),
+        ({"token_sample_ids": [50, 99, 7]}, "no sample of train_dataset has the id 7, 99"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor.*label_smoothing_factor=0"),
         ({"torch_compile": True, "torch_compile_backend": "eager"}, "torch_compile"),
         ({"train_dataset": dataset(text_rows(8), ids=range(8)).to_iterable_dataset()}, "token_sample_ids"),
     ],
-    ids=["kernel", "sample", "stash", "owen", "count", "smoothing", "compiled", "stream"],
+    ids=["kernel", "sample", "stash", "owen", "count", "ids", "smoothing", "compiled", "stream"],
 )
 def test_refused(tmp_path, settings, fault):
     with pytest.raises(ValueError, match=fault):

@@ -27,21 +27,24 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, default_data_collator
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, RemoveColumnsCollator
+from transformers.utils import logging
 
 from ..directions.optimizers import Momentum
 from ..directions.validation import Batch, Collate, Validation, ValidationTarget
 from ..full_precision import full_dtype
 from ..ghost.projection import Projection, described_projection
 from ..ledger import load_values
-from ..ledger.layout import MANIFEST, read_manifest
+from ..ledger.layout import MANIFEST, complete_parts, read_manifest
 from ..loss_tokens import shifts_labels
 from ..trainer.batches import IdColumns
-from ..trainer.checkpoints import updates_of
+from ..trainer.checkpoints import OPTIMIZER_NAMES, load_optimizer_names, updates_of
 from ..trainer.packed import packs_samples
 from ..trainer.targets import read_targets
 from .late_directions import CheckpointDirections, LateDirections, SavedOptimizer, checkpoint_directions
 from .late_ledger import write_late_ledger
 
+
+logger = logging.get_logger(__name__)
 
 Checkpoints = str | Path | Sequence[str | Path] | Mapping[int, str | Path]
 
@@ -70,7 +73,7 @@ class LateValues:
 
     Raises:
         FileNotFoundError: there is no ledger.
-        ValueError: the ledger has no features.
+        ValueError: the ledger has no features, or is of a run with a loss function of its own and `loss` is missing.
     """
 
     def __init__(
@@ -96,6 +99,11 @@ class LateValues:
         if self.manifest.get("features") is None:
             raise ValueError(
                 f"{self.value_dir} holds values and no features of the units' gradients: train with feature_dim > 0"
+            )
+        if self.manifest["settings"]["compute_loss_func"] and loss is None:
+            raise ValueError(
+                "the run trained with a compute_loss_func of its own, which the ledger does not hold: give the mean "
+                "token loss of a batch as `loss`"
             )
 
     def score(
@@ -142,6 +150,13 @@ class LateValues:
                 f"model_checkpoints: before the first update {optimizer.kind} has no second moments, and samples have "
                 "no values of order 'first': leave out the checkpoint of 0 updates"
             )
+        for folder in folders.values():
+            if (folder / OPTIMIZER_NAMES).is_file() and load_optimizer_names(folder)["run"] != self.manifest["run"]:
+                raise ValueError(
+                    f"model_checkpoints: {folder} and the ledger in {self.value_dir} are of different runs: name the "
+                    "run's own checkpoints"
+                )
+        warn_of_gaps(folders, complete_parts(self.value_dir).last)
         found: list[CheckpointDirections] = []
         validation: Validation | None = None
         projection: Projection | None = None
@@ -172,7 +187,8 @@ class LateValues:
                 has = f"has it as {list(own[name].shape)}" if name in own else "has none of that name"
                 raise ValueError(
                     f"the run trained {name} {described['shape']}, and the model of {folder} {has}: name the run's "
-                    "own checkpoints, or give `load_model`, which makes the model as it was trained"
+                    "own checkpoints, or give `load_model`, which makes the model as it was trained (for adapters "
+                    "peft.AutoPeftModelForCausalLM.from_pretrained)"
                 )
             own[name].requires_grad_(True)
             parameters[name] = own[name]
@@ -220,6 +236,17 @@ def folders_of(model_checkpoints: Checkpoints) -> dict[int, Path]:
             "has written (save_steps, save_total_limit)"
         )
     return dict(sorted(folders.items()))
+
+
+def warn_of_gaps(folders: dict[int, Path], updates: int) -> None:
+    """Warns where most of a run lies before its first checkpoint, or after its last."""
+    first, last = min(folders), max(folders)
+    if first + updates - last > updates / 2:
+        logger.warning(
+            f"model_checkpoints are of the updates {first} to {last} of {updates}, and the direction of all others is "
+            "taken from the nearest: keep more of them (save_total_limit=None), or read the values of that window "
+            "only (value_dir=..., load_values(from_step=..., to_step=...))"
+        )
 
 
 def own_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -130,7 +130,11 @@ def check_rows(model: nn.Module, name: str, rows: Rows) -> None:
 
 def token_losses(model: nn.Module, rows: Rows) -> Tensor:
     """Cross-entropy of every token, [B, T]; 0 where there is no label."""
-    logits_BTV = model(**{key: value for key, value in rows.items() if key != "labels"}).logits
+    inputs: dict[str, Any] = {key: value for key, value in rows.items() if key != "labels"}
+    if "position_ids" in rows:
+        # Beside a cache, models of transformers let documents that share a row attend to each other.
+        inputs["use_cache"] = False
+    logits_BTV = model(**inputs).logits
     labels_BT = rows["labels"]
     if shifts_labels(model):
         logits_BTV, labels_BT = logits_BTV[:, :-1], labels_BT[:, 1:]

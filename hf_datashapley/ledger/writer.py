@@ -99,7 +99,7 @@ class Ledger:
             if ranks.is_local_main:  # whether or not machines share the folder
                 self.directory.mkdir(parents=True, exist_ok=True)
                 created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                manifest = {"format": FORMAT, "created": created, **described}
+                manifest = {"format": FORMAT, "created": created, "run": uuid.uuid4().hex, **described}
                 write_whole(self.directory / MANIFEST, json.dumps(manifest, indent=2).encode())
         ranks.wait()
         self._pending: list[UpdateValues] = []
@@ -112,6 +112,11 @@ class Ledger:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
         self._writing: Future[None] | None = None
         self._failed = False
+
+    @property
+    def run(self) -> str:
+        """By which a checkpoint knows its run."""
+        return str(read_manifest(self.directory)["run"])
 
     def append(self, update: UpdateValues) -> None:
         """Takes an update over; returns at once unless a part is full.

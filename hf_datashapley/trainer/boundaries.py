@@ -57,21 +57,39 @@ def check_token_labels(batch: Any, unit: str) -> None:
         )
 
 
+def check_mask(batch: Any) -> None:
+    """Raises `ValueError` where positions begin again within what an attention mask joins.
+
+    Then models of transformers take the mask, and let documents attend to each other without a word.
+    """
+    places, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if places is None or mask is None or mask.shape != places.shape:
+        return
+    joined = mask[:, 1:].bool() & mask[:, :-1].bool()
+    if ((places[:, 1:] != places[:, :-1] + 1) & joined).any():
+        raise ValueError(
+            "validation rows hold documents whose position_ids begin again at each, and an attention_mask beside "
+            "which they attend to each other all the same: drop the column attention_mask, use "
+            "transformers.default_data_collator, or give rows of one document each"
+        )
+
+
 def check_apart(batch: Any, begins_RT: Tensor, shifted: bool) -> None:
     """Raises `ValueError` where a document's loss takes in another one's tokens, by what the batch says."""
     inside = begins_RT.clone()
     inside[:, 0] = False
     cure = "make the rows with `pack_documents` and keep the column"
-    if shifted and batch["labels"][inside].ne(IGNORED).any():
-        raise ValueError(
-            "value_unit='document', and the first token of a document is labelled, so the document before it would "
-            f"have to predict it: label it {IGNORED}; {cure} labels"
-        )
     if "attention_mask" in batch:
         raise ValueError(
             "value_unit='document', and the data collator adds an attention_mask, beside which models of transformers "
             "let documents attend to each other: use transformers.default_data_collator, or value_kernel='jvp' where "
             "they are meant to"
+        )
+    if shifted and batch["labels"][inside].ne(IGNORED).any():
+        raise ValueError(
+            "value_unit='document', and the first token of a document is labelled, so the document before it would "
+            f"have to predict it: label it {IGNORED}; {cure} labels, and a collator that keeps them "
+            "(transformers.default_data_collator)"
         )
     places = batch.get("position_ids")
     if places is None or (places[:, 1:] == places[:, :-1] + 1)[inside[:, 1:]].any():

@@ -74,11 +74,11 @@ def check_whole(checkpoint: str) -> None:
             )
 
 
-def save_optimizer_names(folder: str, optimizer: Optimizer, model: nn.Module) -> None:
-    """Which optimizer it is, and the names of each group's parameters in its own order."""
+def save_optimizer_names(folder: str, optimizer: Optimizer, model: nn.Module, run: str) -> None:
+    """Which run's optimizer it is, of which kind, and the names of each group's parameters in its own order."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    described = {"optimizer": type(optimizer).__name__, "groups": groups}
+    described = {"run": run, "optimizer": type(optimizer).__name__, "groups": groups}
     (Path(folder) / OPTIMIZER_NAMES).write_text(json.dumps(described), encoding="utf-8")
 
 

@@ -16,7 +16,9 @@ from .config import ShapleyConfig
 from .valuation import momentum_of
 
 
-def describe(args: ShapleyConfig, model: nn.Module, capture: Capture, validation: Validation) -> dict[str, Any]:
+def describe(
+    args: ShapleyConfig, model: nn.Module, capture: Capture, validation: Validation, own_loss: bool
+) -> dict[str, Any]:
     """As JSON. A run that goes on has to have the same, but for the versions."""
     follows_path = args.value_order == "path"
     return {
@@ -33,6 +35,7 @@ def describe(args: ShapleyConfig, model: nn.Module, capture: Capture, validation
             **({"token_samples": args.token_sample_ids or args.token_samples} if args.value_unit == "token" else {}),
             "value_modules": args.value_modules,
             "value_kernel": args.value_kernel,
+            "compute_loss_func": own_loss,
             "validation_rows": {
                 target.name or "validation": min(validation.size, len(target.usable)) for target in validation.targets
             },

@@ -16,22 +16,20 @@ from .config import ShapleyConfig
 logger = logging.get_logger(f"transformers.{__name__}")
 
 
-def announce_size(args: ShapleyConfig, capture: Capture, value_dir: str, rows: int) -> None:
-    """Logs the room that features of so many visits of rows take; warns where the disk has less."""
+def announce_size(args: ShapleyConfig, capture: Capture, value_dir: str, rows: int, units_of_a_row: float) -> None:
+    """Says how much room features of so many visits of rows take; at a level that is seen, for it may be a lot."""
     plans = capture.plan(args.feature_dim)
     width = sum(plan.width for plan in plans.values())
     unit_bytes = width * DTYPES[args.feature_dtype].itemsize
     free = shutil.disk_usage(existing(Path(value_dir))).free
-    per_row = "" if args.value_unit == "sample" else f" (if each row is one {args.value_unit})"
-    message = (
+    total = unit_bytes * rows * units_of_a_row
+    per_row = "" if args.value_unit == "sample" else f" (if they hold {units_of_a_row:.1f} {args.value_unit}s each)"
+    cure = ": set a smaller feature_dim, or a value_dir with more room" if total > free else ""
+    logger.warning(
         f"feature_dim={args.feature_dim}: {unit_bytes:,} bytes for each visit of a {args.value_unit}, "
-        f"{unit_bytes * rows / 2**30:.2f} GiB for the {rows:,} rows of this run{per_row}; {free / 2**30:.2f} GiB are "
-        f"free in {value_dir}"
+        f"{total / 2**30:.2f} GiB for the {rows:,} rows of this run{per_row}; {free / 2**30:.2f} GiB are free in "
+        f"{value_dir}{cure}"
     )
-    if unit_bytes * rows > free:
-        logger.warning(f"{message}: set a smaller feature_dim, or a value_dir with more room")
-    else:
-        logger.info(message)
 
 
 def existing(path: Path) -> Path:

@@ -98,6 +98,15 @@ def check_documents_apart(
         )
 
 
+def check_no_cache(model: PreTrainedModel) -> None:
+    """Raises `ValueError` where a cache was turned on since this was tried."""
+    if vars(model.config).get("use_cache"):
+        raise ValueError(
+            "config.use_cache was set while training, beside which samples or documents that share a row attend to "
+            "each other: set model.config.use_cache=False again (generate(use_cache=True) needs no such setting)"
+        )
+
+
 def first_leaves_second_alone(
     model: PreTrainedModel, loss: Callable[[nn.Module, Batch], Tensor], batch: dict[str, Any], length: int
 ) -> bool:

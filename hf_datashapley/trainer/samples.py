@@ -165,6 +165,19 @@ def drawn_samples(dataset: Any, ids: np.ndarray | None, count: int, seed: int) -
     return frozenset((rows if ids is None else ids[rows]).tolist())
 
 
+def check_chosen(chosen: frozenset[int], dataset: Any, ids: np.ndarray | None) -> None:
+    """Raises `ValueError` for an id that no row of a map-style dataset has."""
+    if is_stream(dataset):
+        return
+    known = frozenset(range(len(dataset)) if ids is None else ids.tolist())
+    unknown = sorted(map(str, chosen - known))
+    if unknown:
+        raise ValueError(
+            f"token_sample_ids: no sample of train_dataset has the id {', '.join(unknown[:SHOWN])}: give integers of "
+            "its column of ids (`sample_id_column`), or numbers of its rows where it has none"
+        )
+
+
 def checked_ids(ids: np.ndarray, column: str) -> np.ndarray:
     """int64 ids from integers of any width, if none is out of range or stands twice."""
     refuse("is negative", ids < 0, ids, column)

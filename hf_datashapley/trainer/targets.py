@@ -8,17 +8,20 @@ from typing import Any
 from ..directions.validation import Collate, ValidationTarget
 from . import requirements
 from .batches import IdColumns
+from .boundaries import check_mask
 
 
-class WithoutIds:
-    """A collator whose rows lose their ids first, if they have any."""
+class ValidationCollator:
+    """A collator whose rows lose their ids first, if they have any; documents of a row are apart, or are refused."""
 
     def __init__(self, collate: Collate, columns: IdColumns):
         self.collate = collate
         self.columns = columns
 
     def __call__(self, rows: list[Any]) -> Any:
-        return self.collate([self.columns.without(row) for row in rows])
+        batch = self.collate([self.columns.without(row) for row in rows])
+        check_mask(batch)
+        return batch
 
 
 def read_targets(
@@ -49,5 +52,5 @@ def read_targets(
         if len(dataset) == 0:
             raise ValueError(f"{argument} is empty: give it a row at least")
         rows, collate = rows_and_collator(dataset)
-        targets.append(ValidationTarget.of(name, rows, WithoutIds(collate, columns), shifted, packs, progress))
+        targets.append(ValidationTarget.of(name, rows, ValidationCollator(collate, columns), shifted, packs, progress))
     return targets

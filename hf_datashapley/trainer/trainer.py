@@ -36,22 +36,25 @@ from ..directions.validation import Batch, Validation
 from ..full_precision import in_full
 from ..ghost.capture import Capture, Kernel
 from ..ghost.forward_mode import check_token_losses, token_derivatives
+from ..ghost.units import Runs
 from ..ledger import Ledger, load_audit, load_value_history, load_values
 from ..ledger.groups import By, Groups
 from ..ledger.layout import unit_keys
 from ..ledger.writer import refuse_existing
 from ..loss_tokens import count_loss_tokens, shifts_labels
+from ..random_state import random_state_kept
 from ..ranks import Ranks
 from . import requirements
 from .batches import IdColumns, IdentifyingCollator, UnitPlan, take_units
+from .boundaries import row_documents
 from .checkpoints import check_whole, chosen_checkpoint, last_checkpoint, updates_of
 from .compiled import compiled_apart, is_compiling, traced_apart
 from .config import ShapleyConfig
 from .description import describe
 from .feature_size import announce_size
-from .packed import check_documents_apart, check_samples_apart, packs_samples, train_flags_kept
+from .packed import check_documents_apart, check_no_cache, check_samples_apart, packs_samples, train_flags_kept
 from .precision import Precision
-from .samples import IdentifiedRows, drawn_samples, is_stream, read_sample_ids
+from .samples import IdentifiedRows, check_chosen, drawn_samples, is_stream, read_sample_ids
 from .scorers import MicroBatch
 from .targets import read_targets
 from .valuation import Valuation
@@ -207,7 +210,8 @@ class ShapleyTrainer(Trainer):
         self._ledger.restart()
         if self.args.feature_dim and self.is_world_process_zero():
             updates = self.state.max_steps - self.state.global_step
-            announce_size(self.args, self._capture, self.value_dir, updates * self._rows_of_an_update)
+            rows = updates * self._rows_of_an_update
+            announce_size(self.args, self._capture, self.value_dir, rows, self._units_of_a_row())
         self._validation = self._make_validation()
         optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
         twice = self.args.value_order == "second"  # differentiates twice, which compiled graphs do not
@@ -243,6 +247,7 @@ class ShapleyTrainer(Trainer):
         chosen: frozenset[int] = frozenset()
         if args.value_unit == "token" and args.token_sample_ids is not None:
             chosen = frozenset(args.token_sample_ids)
+            check_chosen(chosen, self.train_dataset, self._sample_ids)
         elif args.value_unit == "token" and args.token_samples:
             chosen = drawn_samples(self.train_dataset, self._sample_ids, args.token_samples, args.seed)
         return UnitPlan(
@@ -253,6 +258,15 @@ class ShapleyTrainer(Trainer):
             forward=args.scores_forward,
             token_samples=chosen,
         )
+
+    def _units_of_a_row(self) -> float:
+        """About how many, by the first rows; of a stream, 1."""
+        unit, column = self.args.value_unit, self.args.document_id_column
+        if unit == "sample" or is_stream(self.train_dataset):
+            return 1.0
+        with random_state_kept():
+            rows = [self.train_dataset[i] for i in range(min(len(self.train_dataset), 64))]
+        return sum(len(np.unique(row_documents(row, column, unit))) for row in rows) / len(rows)
 
     def _precision(self) -> Precision:
         return Precision(self.accelerator, self.model.parameters())
@@ -342,7 +356,7 @@ class ShapleyTrainer(Trainer):
         self._ledger = Ledger(
             self.value_dir,
             [target.name for target in self._targets],
-            describe(self.args, self.model, self._capture, self._validation),
+            describe(self.args, self.model, self._capture, self._validation, self.compute_loss_func is not None),
             after=0 if self._checkpoint is None else updates_of(self._checkpoint),
             ranks=self._ranks,
         )
@@ -358,6 +372,8 @@ class ShapleyTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         batch = take_units(inputs, shifts_labels(self.model))
+        if isinstance(batch.units, Runs):
+            check_no_cache(self.model)
         assert self._valuation is not None
         positions = max((x.shape[:2].numel() for x in inputs.values() if isinstance(x, Tensor)), default=1)
         train = super().training_step

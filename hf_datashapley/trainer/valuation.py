@@ -143,7 +143,7 @@ class Valuation:
         if kept:
             save_file(kept, Path(folder) / STATE)
         if self._stores_features:
-            save_optimizer_names(folder, self._optimizer, self.uncompiled)
+            save_optimizer_names(folder, self._optimizer, self.uncompiled, self.ledger.run)
 
     def load(self, folder: str) -> None:
         """
