@@ -375,7 +375,7 @@ def test_damaged_features_are_named(tmp_path, whole, damage):
 def test_the_size_is_said_before_training(tmp_path, monkeypatch, caplog, free):
     disk = shutil.disk_usage(tmp_path)._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
-    trainer = make(tmp_path, max_steps=1, save_strategy="no", feature_dim=300)
+    trainer = make(tmp_path, max_steps=1, save_strategy="no", feature_dim=300, log_level="warning")
     trainer.train()
     (message,) = [record.message for record in caplog.records if "feature_dim" in record.message]
     assert "600 bytes for each visit of a sample" in message and "4 rows of this run" in message
@@ -383,7 +383,7 @@ def test_the_size_is_said_before_training(tmp_path, monkeypatch, caplog, free):
 
 
 def test_the_size_counts_the_documents_of_a_row(tmp_path, caplog):
-    trainer, _, _ = prepare_documents(tmp_path, feature_dim=300, max_steps=1)
+    trainer, _, _ = prepare_documents(tmp_path, feature_dim=300, max_steps=1, log_level="warning")
     trainer.train()
     (message,) = [record.message for record in caplog.records if "feature_dim" in record.message]
     assert "2 rows of this run (if they hold 2.3 documents each)" in message

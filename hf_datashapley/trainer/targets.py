@@ -12,15 +12,20 @@ from .boundaries import check_mask
 
 
 class ValidationCollator:
-    """A collator whose rows lose their ids first, if they have any; documents of a row are apart, or are refused."""
+    """A collator whose rows lose their ids first, if they have any; documents of a row are apart, or are refused.
 
-    def __init__(self, collate: Collate, columns: IdColumns):
+    (Of samples that the collator packs it is tried, see `packed`.)
+    """
+
+    def __init__(self, collate: Collate, columns: IdColumns, packs: bool):
         self.collate = collate
         self.columns = columns
+        self.packs = packs
 
     def __call__(self, rows: list[Any]) -> Any:
         batch = self.collate([self.columns.without(row) for row in rows])
-        check_mask(batch)
+        if not self.packs:
+            check_mask(batch)
         return batch
 
 
@@ -52,5 +57,7 @@ def read_targets(
         if len(dataset) == 0:
             raise ValueError(f"{argument} is empty: give it a row at least")
         rows, collate = rows_and_collator(dataset)
-        targets.append(ValidationTarget.of(name, rows, ValidationCollator(collate, columns), shifted, packs, progress))
+        targets.append(
+            ValidationTarget.of(name, rows, ValidationCollator(collate, columns, packs), shifted, packs, progress)
+        )
     return targets
