@@ -127,7 +127,7 @@ def test_a_failed_write_is_raised_and_leaves_no_half_part(tmp_path, monkeypatch)
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     ledger.append(update(2, [1], [[1.0]]))
     with pytest.raises(OSError, match="No space left"):
         ledger.flush()

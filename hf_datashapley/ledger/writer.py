@@ -9,7 +9,6 @@ What cannot be written (a full disk) ends the run at the next update; what was c
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers.utils import logging
 
+from .. import whole_files
 from ..ranks import Ranks
 from ..values.features import Features
 from ..values.update import UpdateValues
@@ -337,23 +337,11 @@ def write_whole(path: Path, content: Any) -> None:
     Raises:
         OSError: it could not be written.
     """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        whole_files.write_whole(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(
             error.errno,
             f"the ledger's {path} could not be written ({error.strerror}): make room there, then resume the run from "
             "its last checkpoint, or read what was written before with load_values",
         ) from error
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is durable without it
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
