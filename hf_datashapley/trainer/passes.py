@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -24,6 +23,7 @@ from ..directions.owen import OwenOrder
 from ..directions.path import PathOrder
 from ..directions.second_order import SecondOrder
 from ..directions.validation import Validation
+from ..free_memory import free_memory
 from ..full_precision import full_dtype
 from ..ghost.capture import Capture
 from ..ghost.kept import Kept
@@ -201,11 +201,3 @@ class TwoPass:
             f"are free on {device}"
         )
         return choice
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
