@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .attribution import LateValues
+    from .attribution import (
+        CheckpointEnsemble,
+        DropoutEnsemble,
+        GradCos,
+        GradDot,
+        Influence,
+        LateValues,
+        Less,
+        LoraEnsemble,
+        Partition,
+        TracIn,
+        Trak,
+    )
     from .documents import pack_documents
     from .ledger import load_audit, load_updates, load_value_history, load_values
     from .trainer import ShapleyConfig, ShapleyTrainer
@@ -17,9 +29,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "CheckpointEnsemble",
+    "DropoutEnsemble",
+    "GradCos",
+    "GradDot",
+    "Influence",
     "LateValues",
+    "Less",
+    "LoraEnsemble",
+    "Partition",
     "ShapleyConfig",
     "ShapleyTrainer",
+    "TracIn",
+    "Trak",
     "load_audit",
     "load_updates",
     "load_value_history",
@@ -28,7 +50,17 @@ __all__ = [
 ]
 
 _HOME = {
+    "CheckpointEnsemble": "attribution",
+    "DropoutEnsemble": "attribution",
+    "GradCos": "attribution",
+    "GradDot": "attribution",
+    "Influence": "attribution",
     "LateValues": "attribution",
+    "Less": "attribution",
+    "LoraEnsemble": "attribution",
+    "Partition": "attribution",
+    "TracIn": "attribution",
+    "Trak": "attribution",
     "ShapleyConfig": "trainer",
     "ShapleyTrainer": "trainer",
     "load_audit": "ledger",

@@ -11,8 +11,11 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
+from hf_datashapley.ghost.bits import Bits
 from hf_datashapley.ghost.capture import Capture
-from hf_datashapley.ghost.projection import Bits, ParameterProjection, Projection, features_of, plan
+from hf_datashapley.ghost.plans import plan
+from hf_datashapley.ghost.projection import features_of
+from hf_datashapley.ghost.sides import PerParameter, SidedMap
 from hf_datashapley.ghost.units import Rows, Runs
 from hf_datashapley.values.features import encoded
 
@@ -24,7 +27,7 @@ DOUBLE = torch.float64
 class EveryLayer(nn.Module):
     """Each kind of layer, wider than a projected side; one parameter with two uses, one module used twice."""
 
-    def __init__(self, width=72, vocabulary=90):
+    def __init__(self, width, vocabulary):
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width, padding_idx=3)
         self.linear = nn.Linear(width, width)
@@ -40,20 +43,20 @@ class EveryLayer(nn.Module):
         return self.head(self.rms(self.conv(x)))
 
 
-def every_layer():
+def every_layer(width=72, vocabulary=90):
     torch.manual_seed(0)
-    model = EveryLayer().double()
+    model = EveryLayer(width, vocabulary).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) / 3)
-    tokens = torch.randint(90, (4, 6))
+    tokens = torch.randint(vocabulary, (4, 6))
     tokens[0, 1] = 3
-    cotangent = torch.randn(4, 6, 90, dtype=DOUBLE)
+    cotangent = torch.randn(4, 6, vocabulary, dtype=DOUBLE)
     return model, tokens, cotangent
 
 
 def drawn(capture, width, seed=0):
-    return Projection(capture.plan(width), seed, CPU, DOUBLE)
+    return PerParameter(capture.plan(width), seed, CPU, DOUBLE)
 
 
 def dense(projection, gradients):
@@ -148,7 +151,7 @@ def test_products_are_unbiased_for_every_rule():
         pair = torch.stack([g[name], u[name]])
         products = []
         for seed in range(draws):
-            first, second = ParameterProjection(own, Bits(seed, 7), CPU, DOUBLE).of_dense(pair)
+            first, second = SidedMap(own, Bits(seed, 7), CPU, DOUBLE).of_dense(pair)
             products.append(first @ second)
         found, exact = torch.stack(products), (pair[0] * pair[1]).sum()
         length = pair[0].norm() * pair[1].norm()
@@ -162,17 +165,16 @@ def test_a_draw_is_a_parameters_own_and_its_seeds():
     model, _, _ = every_layer()
     plans = Capture(model).plan(400)
     directions = {name: torch.ones(1, *own.shape, dtype=DOUBLE) for name, own in plans.items()}
-    whole = Projection(plans, 5, CPU, DOUBLE)
+    whole = PerParameter(plans, 5, CPU, DOUBLE)
     features = dict(
         zip(plans, whole.of_dense(directions)[0].split([own.width for own in plans.values()]), strict=True)
     )
     for name, own in plans.items():
-        alone = Projection({name: own}, 5, CPU, DOUBLE).of_dense(directions)[0]
+        alone = PerParameter({name: own}, 5, CPU, DOUBLE).of_dense(directions)[0]
         assert torch.equal(alone, features[name])
-        assert not torch.equal(Projection({name: own}, 6, CPU, DOUBLE).of_dense(directions)[0], alone)
+        assert not torch.equal(PerParameter({name: own}, 6, CPU, DOUBLE).of_dense(directions)[0], alone)
     # Bits, not draws of a library that may draw otherwise tomorrow.
     assert Bits(1, 2).signs(8).tolist() == [1, 1, -1, -1, -1, -1, 1, -1]
-    assert Bits(1, 2).permutation(6).tolist() == [5, 3, 2, 1, 0, 4]
 
 
 def test_features_are_shared_out():

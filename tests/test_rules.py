@@ -17,7 +17,9 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
+from hf_datashapley.ghost import kernels as ghost_kernels
 from hf_datashapley.ghost.capture import Capture
+from hf_datashapley.ghost.kernels import MANY
 from hf_datashapley.ghost.units import Rows, Runs
 
 
@@ -26,7 +28,7 @@ drawn = settings(derandomize=True, deadline=None, max_examples=15)
 sizes = st.integers(1, 5)
 seeds = st.integers(0, 2**16)
 kernels = st.sampled_from(KERNELS)
-targets = st.sampled_from([1, 3])
+targets = st.sampled_from([1, 3, MANY])
 
 
 def draw_weights(model, seed):
@@ -114,6 +116,18 @@ def test_runs_that_share_rows(rows, lengths, kernel, target_count, ragged_rows, 
         with capture.keeping(units) as kept:
             (torch.tanh(model(ids)) * cotangent).sum().backward()
         torch.testing.assert_close(kept.scores(directions), truth, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("target_count", [1, MANY])
+@pytest.mark.parametrize("layer", [nn.Linear, Conv1D])
+def test_weights_larger_than_a_block(layer, target_count, monkeypatch):
+    """In several blocks of rows, the last one smaller; in several groups of units, the last one smaller."""
+    monkeypatch.setattr(ghost_kernels, "BLOCK", 30)
+    monkeypatch.setattr(ghost_kernels, "GROUP", 1)
+    model = layer(7, 11)
+    generator = draw_weights(model, 4)
+    features = model.in_features if layer is nn.Linear else model.weight.shape[0]
+    assert_scores(model, [draw(generator, 5, 6, features)], "fused", target_count, generator)
 
 
 frozen_parts = st.sampled_from([None, "weight", "bias"])

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..directions.first_order import late_factor, scale_by_adam
 from ..directions.optimizers import Momentum
 from ..directions.validation import Validation
-from ..ghost.projection import Projection
+from ..ghost.sides import PerParameter
 from ..trainer.checkpoints import load_optimizer_names
 
 
@@ -52,11 +52,27 @@ class SavedOptimizer:
         Raises:
             ValueError: it is not all there.
         """
-        described = load_optimizer_names(folder)
+        return cls.described(folder, load_optimizer_names(folder), device)
+
+    @classmethod
+    def described(cls, folder: Path, described: dict[str, Any], device: torch.device) -> SavedOptimizer:
+        """From names that are known otherwise; `described`: its class's name, "optimizer", and the names of each
+        group's parameters, "groups".
+
+        Raises:
+            ValueError: it is not all there, or has other groups.
+        """
         path = folder / "optimizer.pt"
         if not path.is_file():
             raise ValueError(f"{folder} lacks optimizer.pt: take a checkpoint with it (save_only_model=False)")
         saved = torch.load(path, map_location=device, weights_only=True)
+        sizes = [len(group["params"]) for group in saved["param_groups"]]
+        if sizes != [len(own) for own in described["groups"]]:
+            raise ValueError(
+                f"{folder}: the optimizer has groups of {sizes} parameters, and the model would have "
+                f"{[len(own) for own in described['groups']]}: take a checkpoint whose optimizer `Trainer` made, and "
+                "a model of which the same parameters train"
+            )
         names = {
             number: name
             for group, own in zip(saved["param_groups"], described["groups"], strict=True)
@@ -109,7 +125,7 @@ def checkpoint_directions(
     parameters: Mapping[str, nn.Parameter],
     validation: Validation,
     optimizer: SavedOptimizer | None,
-    projection: Projection,
+    projection: PerParameter,
 ) -> CheckpointDirections:
     """`updates`: how many had been made. `optimizer`: whose second moments count; None: of SGD, which has none."""
     gradients, losses = validation.gradients(model, dict(parameters), update=1)
@@ -136,7 +152,7 @@ class LateDirections:
         self,
         checkpoints: list[CheckpointDirections],
         optimizer: SavedOptimizer,
-        projection: Projection,
+        projection: PerParameter,
         momentum: Momentum,
         proxy: bool,
     ):

@@ -13,7 +13,6 @@ features as parameters it is the value itself.
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,18 +20,17 @@ from typing import Any, cast
 
 import datasets
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, default_data_collator
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, RemoveColumnsCollator
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..directions.optimizers import Momentum
-from ..directions.validation import Batch, Collate, Validation, ValidationTarget
+from ..directions.validation import Batch, Validation, ValidationTarget
 from ..full_precision import full_dtype
-from ..ghost.projection import Projection, described_projection
+from ..ghost.sides import PerParameter, described_sides
 from ..ledger import load_values
 from ..ledger.layout import MANIFEST, complete_parts, read_manifest
 from ..loss_tokens import shifts_labels
@@ -42,6 +40,8 @@ from ..trainer.packed import packs_samples
 from ..trainer.targets import read_targets
 from .late_directions import CheckpointDirections, LateDirections, SavedOptimizer, checkpoint_directions
 from .late_ledger import write_late_ledger
+from .measures import moved
+from .settings import known_columns
 
 
 logger = logging.get_logger(__name__)
@@ -159,14 +159,14 @@ class LateValues:
         warn_of_gaps(folders, complete_parts(self.value_dir).last)
         found: list[CheckpointDirections] = []
         validation: Validation | None = None
-        projection: Projection | None = None
+        projection: PerParameter | None = None
         for updates, folder in tqdm(folders.items(), "validation gradients", disable=not self.progress):
             model = self.load_model(str(folder)).to(self.device)
             disable_cache(model)
             parameters = self._parameters(model, folder)
             if validation is None or projection is None:
                 dtype = full_dtype(next(iter(parameters.values())).dtype)
-                projection = described_projection(self.manifest["features"], self.device, dtype)
+                projection = described_sides(self.manifest["features"], self.device, dtype)
                 validation = self._validation(model, validation_dataset)
             moments = SavedOptimizer.load(folder, self.device) if adaptive else None
             found.append(checkpoint_directions(updates, model, parameters, validation, moments, projection))
@@ -258,14 +258,3 @@ def disable_cache(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config.use_cache = False
-
-
-def known_columns(collate: Collate, model: nn.Module) -> Collate:
-    """A collator whose rows lose what the model does not take, as in `Trainer`."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    names = [*inspect.signature(base.forward).parameters, "label", "label_ids"]
-    return RemoveColumnsCollator(collate, names)
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

@@ -20,7 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .kept import Kept
 from .kernels import KeptLinear, KeptOutput, ProjectOutput, ScoredLinear, ScoreOutput
-from .projection import ParameterProjection, Plan, Projection, plan
+from .plans import Plan, plan
+from .projection import ParameterMap, Projection
 from .rules import EmbeddingRule, LayerRule, LinearRule, rule_for
 from .units import Units
 
@@ -44,7 +45,7 @@ class Site:
         self.tap: Tensor | None = None
         self.directions: dict[str, Tensor] = {}  # by the layer's names
         self.kept: Kept | None = None
-        self.projections: dict[str, ParameterProjection] = {}  # by the layer's names, and their taps
+        self.projections: dict[str, ParameterMap] = {}  # by the layer's names, and their taps
         self.taps: list[Tensor] = []
 
     def __reduce__(self) -> tuple[type[Site], tuple[()]]:
@@ -209,10 +210,11 @@ class Capture:
     @contextmanager
     def projecting(self, projection: Projection, units: Units) -> Iterator[dict[str, Tensor]]:
         """Project every unit's gradient, in every backward pass of a forward pass that runs within it, beside
-        `scoring` or `keeping` of the same units or by itself; yields a tap for each parameter, [U, width] zeros.
+        `scoring` or `keeping` of the same units or by itself; yields each parameter's tap, [U, width] zeros.
 
-        After `loss.backward()` `features_of(taps)` are the units' features. `torch.autograd.grad(loss, taps)` gives
-        them too, and computes no weight's gradient.
+        After `loss.backward()` `features_of(taps)` are the units' features. So are, of `found =
+        torch.autograd.grad(loss, leaves(taps), allow_unused=True)`, `features_of(taps, found)`, and that computes no
+        weight's gradient.
         """
         taps = projection.taps(units)
         try:
@@ -224,18 +226,19 @@ class Capture:
         finally:
             self._rest()
 
-    def plan(self, width: int) -> dict[str, Plan]:
-        """How `projecting` shares `width` features out among the parameters."""
+    def plan(self, width: int, both_sides: bool = False, setting: str = "feature_dim") -> dict[str, Plan]:
+        """How `width` features are shared out among the parameters, see `plans.plan`."""
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        embeddings, matrices = (
-            {
-                site.parameters["weight"]
-                for site in self._sites.values()
-                if isinstance(site.rule, rule) and "weight" in site.parameters
-            }
-            for rule in (EmbeddingRule, LinearRule)
-        )
-        return plan(shapes, embeddings, matrices, width)
+        embeddings, matrices = self.weights_of(EmbeddingRule), self.weights_of(LinearRule)
+        return plan(shapes, embeddings, matrices, width, both_sides, setting)
+
+    def weights_of(self, rule: type[LayerRule]) -> set[str]:
+        """The scored weights of layers of one kind; a tied one may be of several."""
+        return {
+            site.parameters["weight"]
+            for site in self._sites.values()
+            if isinstance(site.rule, rule) and "weight" in site.parameters
+        }
 
     def _rest(self) -> None:
         for site in self._sites.values():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..full_precision import in_full
-from .projection import ParameterProjection
+from .projection import ParameterMap
 from .units import Units
 
 
@@ -89,12 +89,10 @@ class LayerRule:
     def gradient(self, name: str, x: Tensor, b: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def features(
-        self, x: Tensor, b: Tensor, projections: dict[str, ParameterProjection], units: Units
-    ) -> tuple[Tensor, ...]:
+    def features(self, x: Tensor, b: Tensor, projections: dict[str, ParameterMap], units: Units) -> tuple[Tensor, ...]:
         return tuple(self.feature(name, x, b, projection, units) for name, projection in projections.items())
 
-    def feature(self, name: str, x: Tensor, b: Tensor, projection: ParameterProjection, units: Units) -> Tensor:
+    def feature(self, name: str, x: Tensor, b: Tensor, projection: ParameterMap, units: Units) -> Tensor:
         raise NotImplementedError
 
 
@@ -118,7 +116,7 @@ class LinearRule(LayerRule):
         left, right = (x, b) if self.transposed else (b, x)
         return left.flatten(0, -2).t() @ right.flatten(0, -2)
 
-    def feature(self, name: str, x: Tensor, b: Tensor, projection: ParameterProjection, units: Units) -> Tensor:
+    def feature(self, name: str, x: Tensor, b: Tensor, projection: ParameterMap, units: Units) -> Tensor:
         if name == "bias":
             return projection.of_sums(units.sum(b, dtype=projection.dtype))
         left, right = (x, b) if self.transposed else (b, x)
@@ -138,7 +136,7 @@ class EmbeddingRule(LayerRule):
         b = b.to(directions["weight"].dtype)
         return embedding_scores(x, b, directions["weight"], self.padding_idx, units)
 
-    def feature(self, name: str, x: Tensor, b: Tensor, projection: ParameterProjection, units: Units) -> Tensor:
+    def feature(self, name: str, x: Tensor, b: Tensor, projection: ParameterMap, units: Units) -> Tensor:
         return projection.of_rows(x, without_padding(x, b, self.padding_idx), units)
 
     def gradient(self, name: str, x: Tensor, b: Tensor) -> Tensor:
@@ -177,7 +175,7 @@ class NormRule(LayerRule):
             b = self.normalise(in_full(x)) * b
         return b.reshape(-1, *b.shape[-self.ndim :]).sum(0)
 
-    def feature(self, name: str, x: Tensor, b: Tensor, projection: ParameterProjection, units: Units) -> Tensor:
+    def feature(self, name: str, x: Tensor, b: Tensor, projection: ParameterMap, units: Units) -> Tensor:
         b = b.to(projection.dtype)
         if name == "weight":
             b = self.normalise(x.to(projection.dtype)) * b

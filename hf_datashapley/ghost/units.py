@@ -34,6 +34,9 @@ class Units(Protocol):
     def sum(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Over each unit's positions: [R, ..., C] -> [U, C]."""
 
+    def of_positions(self, ids: Tensor) -> Tensor:
+        """The unit of each position, [R, ...] -> [P], int64, on the device of `ids`."""
+
 
 class Rows:
     """Each row is a unit, [U, ..., C]; a row without position dimensions has one position."""
@@ -56,6 +59,9 @@ class Rows:
 
     def sum(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return positions(x).sum(1, dtype=dtype)
+
+    def of_positions(self, ids: Tensor) -> Tensor:
+        return torch.arange(self.count, device=ids.device).repeat_interleave(ids[0].numel())
 
 
 class Runs:
@@ -81,6 +87,11 @@ class Runs:
 
     def sum(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return torch.stack([x_i.flatten(0, -2).sum(0, dtype=dtype) for x_i in self.parts(x)])
+
+    def of_positions(self, ids: Tensor) -> Tensor:
+        each = ids[0, 0].numel()
+        lengths = torch.tensor([length * each for length in self.lengths])
+        return torch.arange(self.count).repeat_interleave(lengths).to(ids.device)
 
 
 class Places:

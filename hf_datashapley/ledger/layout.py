@@ -13,7 +13,7 @@ Parts are cut between updates, written under a temporary name and renamed when t
 machines may be copied into one folder. Byte-stream-split floats under zstd take about half the room of the default
 encoding (12 bytes a row with two targets) and write faster. Features cannot be compressed: they lie as they are read,
 in Arrow's own format, which is mapped into memory. What a unit's projected gradient is, its `feature` times its
-`scale`, and how it was projected, the manifest's "features" say (`ghost.projection`).
+`scale`, and how it was projected, the manifest's "features" say (`ghost.sides`).
 """
 
 from __future__ import annotations

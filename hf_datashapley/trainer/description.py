@@ -11,7 +11,7 @@ from torch import nn
 from .. import __version__
 from ..directions.validation import Validation
 from ..ghost.capture import Capture
-from ..ghost.projection import described_plans
+from ..ghost.sides import described_plans
 from .config import ShapleyConfig
 from .valuation import momentum_of
 

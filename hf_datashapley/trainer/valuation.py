@@ -23,6 +23,7 @@ from ..directions.weights import weights_at
 from ..full_precision import full_dtype
 from ..ghost.capture import Capture
 from ..ghost.projection import Projection
+from ..ghost.sides import PerParameter
 from ..ledger import Ledger
 from ..ranks import Ranks
 from ..values import features
@@ -203,4 +204,4 @@ def make_projection(args: ShapleyConfig, capture: Capture) -> Projection | None:
     if not args.feature_dim:
         return None
     some = next(iter(capture.parameters.values()))
-    return Projection(capture.plan(args.feature_dim), args.seed, some.device, full_dtype(some.dtype))
+    return PerParameter(capture.plan(args.feature_dim), args.seed, some.device, full_dtype(some.dtype))
