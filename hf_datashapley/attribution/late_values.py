@@ -206,7 +206,7 @@ class LateValues:
         )
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
-            return self.loss(model, {key: moved(value, self.device) for key, value in batch.items()})
+            return self.loss(model, moved(batch, self.device))
 
         most = max(len(target.usable) for target in targets)
         return Validation(targets, loss, shifted, size=most, chunk=self.batch_size, interval=1, seed=0)

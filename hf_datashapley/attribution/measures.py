@@ -91,7 +91,7 @@ def over_units(corpus: Corpus, start: int, stop: int, measure: Measure, width: i
     terms = torch.zeros(count, 2, dtype=dtype, device=device)
     tokens = torch.zeros(count, dtype=torch.int64)
     for batch in corpus.batches(start, stop):
-        inputs = {key: moved(value, device) for key, value in batch.inputs.items()}
+        inputs = moved(batch.inputs, device)
         found, losses = measure(inputs, batch.units)
         both = torch.stack([losses.detach(), misses(losses)], dim=-1)
         wanted = batch.place >= 0
@@ -103,8 +103,9 @@ def over_units(corpus: Corpus, start: int, stop: int, measure: Measure, width: i
     return Sums(numbers, terms[:, 0], terms[:, 1], tokens.to(device))
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+def moved(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch on the device; what is no tensor stays."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
 
 
 def mean_over_tokens(numbers_QW: Tensor, tokens_Q: Tensor, first: int = 0) -> Tensor:

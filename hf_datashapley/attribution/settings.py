@@ -197,7 +197,7 @@ def check_reading(model: nn.Module, corpus: Corpus) -> None:
     first = corpus.rows[0]
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        return model(**{key: moved(value, device) for key, value in batch.items()}).loss
+        return model(**moved(batch, device)).loss
 
     with settings_named_here(), without_cache(model):
         if reading.packs:
@@ -206,7 +206,7 @@ def check_reading(model: nn.Module, corpus: Corpus) -> None:
             row = reading.columns.without(largest_document(first, reading.columns.document))
             check_documents_apart(model, loss, reading.collate, row, reading.batch_size)
         batch = next(corpus.batches(0, 1))
-        inputs = {key: moved(value, device) for key, value in batch.inputs.items()}
+        inputs = moved(batch.inputs, device)
         with torch.no_grad():
             losses = token_losses(model, inputs, reading.shifted)
         check_token_losses(model, inputs, losses, int(batch.tokens.sum()))

@@ -103,7 +103,7 @@ def query_gradients(
     found, mean_losses = [], []
     for query in chunk:
         (batch,) = queries.batches(query, query + 1)
-        inputs = {key: moved(value, parameters[0].device) for key, value in batch.inputs.items()}
+        inputs = moved(batch.inputs, parameters[0].device)
         losses = token_losses(model, inputs, queries.reading.shifted)
         total = differentiated(losses, output)
         gradients = torch.autograd.grad(total, parameters, materialize_grads=True)

@@ -89,7 +89,7 @@ class TrainingRows:
         for start in tqdm(starts, what, disable=quiet):
             for batch in corpus.batches(start, min(start + SHARD_ROWS, corpus.count)):
                 records = Records(capture.parameters, some.device, full_dtype(some.dtype))
-                inputs = {key: moved(value, some.device) for key, value in batch.inputs.items()}
+                inputs = moved(batch.inputs, some.device)
                 rows = (batch.place + start).tolist()
                 with capture.projecting(records, batch.units) as taps:
                     loss = sampled_loss(model, inputs, batch.units, rows, corpus.reading.shifted, self.seed)

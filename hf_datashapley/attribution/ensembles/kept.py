@@ -8,17 +8,15 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...trainer.packed import train_flags_kept
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module's eval flag is set; afterwards each is what it was."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
+    with train_flags_kept(model):
         model.eval()
         yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 @contextmanager

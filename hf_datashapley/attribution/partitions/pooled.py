@@ -86,7 +86,7 @@ def means(model: nn.Module, corpus: Corpus, measure: Measure) -> Iterator[Tensor
         sums: Tensor | None = None
         with evaluating(model):
             for batch in corpus.batches(start, stop):
-                found = measure({key: moved(value, device) for key, value in batch.inputs.items()}, batch.units).cpu()
+                found = measure(moved(batch.inputs, device), batch.units).cpu()
                 wanted = batch.place >= 0
                 if sums is None:
                     sums = found.new_zeros(stop - start, found.shape[1])
