@@ -14,7 +14,8 @@ from torch import Tensor
 def losses_of(model, row) -> Tensor:
     """Of the tokens that have a label, or of the one class."""
     labels = torch.tensor([row["labels"]])
-    logits = model(input_ids=torch.tensor([row["input_ids"]])).logits
+    seen = {key: torch.tensor([row[key]]) for key in ("input_ids", "position_ids", "attention_mask") if key in row}
+    logits = model(**seen, use_cache=False).logits
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels, reduction="none")
     return token_losses(logits, labels)[0][labels[0, 1:] != -100]

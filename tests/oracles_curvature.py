@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 IGNORED = -100
 Gradient = dict[str, np.ndarray]
 # (row, number of its loss tokens) -> numbers between 0 and 1
-Uniforms = Callable[[int, int], np.ndarray]
+Uniforms = Callable[[Any, int], np.ndarray]
 Collate = Callable[[Sequence[Any]], dict[str, torch.Tensor]]
 
 
@@ -76,7 +76,7 @@ def summed_gradients(model: nn.Module, rows: Sequence[Any], collate: Collate) ->
 def fisher(model: nn.Module, rows: Sequence[Any], collate: Collate, uniforms: Uniforms) -> Fisher:
     names: dict[Any, str] = {p: name for name, p in trained(model).items()}
     total = Fisher()
-    for number, row in enumerate(rows):
+    for row in rows:
         seen: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
 
         def hook(module: nn.Module, args: Any, output: torch.Tensor, seen: list[Any] = seen) -> None:
@@ -90,7 +90,7 @@ def fisher(model: nn.Module, rows: Sequence[Any], collate: Collate, uniforms: Un
         for handle in handles:
             handle.remove()
         below = np.cumsum(torch.softmax(logits, 1).detach().numpy(), axis=1)
-        drawn = uniforms(number, len(logits))
+        drawn = uniforms(row, len(logits))
         labels = torch.tensor([int(np.searchsorted(c, u, side="right")) for c, u in zip(below, drawn, strict=True)])
         total.tokens += len(logits)
         if not len(logits):

@@ -1,6 +1,7 @@
 """Scores after training, held against float64 autograd; what they do not depend on; and what is refused."""
 
 import copy
+import gc
 
 import datasets
 import numpy as np
@@ -378,6 +379,35 @@ def test_refusals():
         estimator(GradDot, model).fit(rows).score(rows)
     with pytest.raises(ValueError, match="train_dataset"):
         estimator(GradDot, model).fit(datasets.Dataset.from_dict({"input_ids": [], "labels": []}))
+
+
+def test_padding_that_changes_losses_is_refused():
+    """GPT-2 counts padding as positions, Llama does not."""
+    train = dataset(text_rows(4))
+    with pytest.raises(ValueError, match="pads on the left.*padding_side='right'"):
+        estimator(GradDot, build("gpt2"), data_collator=left).fit(train)
+    estimator(GradDot, build("llama"), data_collator=left).fit(train)
+
+
+@pytest.mark.parametrize("settings", [{"curvature": "identity"}, {"curvature": "identity", "projection_dim": 64}])
+def test_nothing_labelled_has_no_influence(settings):
+    train = dataset([{**row, "labels": [IGNORED] * len(row["labels"])} for row in text_rows(3)])
+    fitted = estimator(Influence, build("gpt2"), **{"projection_dim": None, **settings})
+    with pytest.raises(ValueError, match="no row has a labelled token"):
+        fitted.fit(train).score(dataset(text_rows(1)))
+
+
+@pytest.mark.parametrize("damping", [0, -1.0, float("nan"), None, True])
+def test_damping_is_looked_at_first(damping):
+    with pytest.raises(ValueError, match="damping=.*above 0"):
+        Trak(None, damping=damping).check()
+
+
+def test_features_outlive_their_estimator():
+    """Their folder is a temporary one."""
+    found = estimator(GradDot, build("gpt2"), projection_dim=64).fit(dataset(text_rows(3))).features()
+    gc.collect()
+    assert sum(len(block) for _, block in found) == 3
 
 
 def test_a_collator_that_draws_is_refused():

@@ -15,7 +15,7 @@ from transformers import DataCollatorWithFlattening, default_data_collator
 
 from hf_datashapley import GradDot, Influence, Partition
 from hf_datashapley.attribution.curvature import kronecker
-from hf_datashapley.attribution.curvature.sampled_labels import uniforms
+from hf_datashapley.attribution.curvature.sampled_labels import row_key, uniforms
 from hf_datashapley.ranks import Ranks
 
 
@@ -24,8 +24,8 @@ FAMILIES = ("gpt2", "gpt2-untied", "neox", "llama", "gpt2-lora", "llama-lora", "
 ROWS, QUERIES = 7, 2
 
 
-def drawn(row: int, count: int) -> np.ndarray:
-    return uniforms(SEED, row, count)
+def drawn(row, count: int) -> np.ndarray:
+    return uniforms(SEED, row_key(row), count)
 
 
 def influence(model, **settings):
@@ -225,7 +225,7 @@ def exact_scores(weight, rows):
     x = torch.stack([row["x"] for row in rows])
     p = torch.softmax(x @ weight.T, 1)
     labels = torch.tensor([row["labels"] for row in rows])
-    drawn = torch.tensor([drawn_class(p[i], i) for i in range(len(rows))])
+    drawn = torch.tensor([drawn_class(own, row) for own, row in zip(p, rows, strict=True)])
     sampled, given = ((p - F.one_hot(y, 2)).unsqueeze(2) * x.unsqueeze(1) for y in (drawn, labels))
     g = sampled.flatten(1)
     fisher = g.T @ g / len(rows)

@@ -102,7 +102,7 @@ def test_what_was_made_otherwise_is_refused(tmp_path):
         (None, {"seed": 1}, rows, ["projection"]),
         (None, {"store_dtype": "float16"}, rows, ["dtype"]),
         (None, {"modules": ["c_attn"]}, rows, ["parameters"]),
-        (None, {"unit": "token"}, rows, ["unit", "units", "dataset"]),
+        (None, {"unit": "token"}, rows, ["unit", "units", "pieces"]),
         (None, {}, dataset(text_rows(5, seed=2)), ["dataset"]),
         (build("gpt2", seed=1), {}, rows, ["fingerprints"]),
         (None, {"kind": Trak, "output": "tokens"}, rows, ["output"]),

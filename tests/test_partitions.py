@@ -6,6 +6,7 @@ import sys
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from models import IGNORED, build, class_rows, collate, dataset, text_rows
@@ -62,9 +63,13 @@ def test_labels():
     "labels, named",
     [
         ([], "labels have shape .0."),
-        ([[1, 2], [3, 4]], "labels have shape .2, 2.*one for each sample"),
-        (["a", None], "1 labels are None or NaN, number 1 first"),
-        ([1.0, float("nan"), float("nan")], "2 labels are None or NaN, number 1 first"),
+        ([[1, 2], [3, 4]], "label 0 is a list.*one value for each sample"),
+        (["a", None], "1 labels are missing .None, NaN., number 1 first"),
+        (["a", float("nan")], "1 labels are missing"),
+        (np.array(["2020-01-01", "NaT"], dtype="datetime64[D]"), "1 labels are missing"),
+        (["a", pd.NA], "1 labels are missing"),
+        ([1, "1"], "labels cannot be compared"),
+        ([1.0, float("nan"), float("nan")], "2 labels are missing .None, NaN., number 1 first"),
         (np.array(["a", 1], dtype=object), "cannot be compared.*strings"),
     ],
 )
@@ -499,3 +504,47 @@ def test_other_files_are_no_partitions(tmp_path):
     save_file({"labels": torch.zeros(3)}, tmp_path / "tensors")
     with pytest.raises(ValueError, match="no partition: give a file that Partition.save has written"):
         Partition.load(tmp_path / "tensors")
+
+
+def test_models_that_train_are_parted_by(tmp_path):
+    """With dropout, as they are after `Trainer.train`; nothing is drawn from torch's global state."""
+    model = build("gpt2", dropout=0.1).train()
+    rows = dataset(text_rows(6))
+    state = torch.get_rng_state()
+    for make in (Partition.of_gradients, Partition.of_representations):
+        found = make(model, rows, 2, data_collator=collate, progress=False)
+        assert len(found.labels) == 6 and model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_fingerprints_are_of_what_rows_hold(tmp_path):
+    """Slices and other batches lie otherwise in memory."""
+    texts = [f"document {number}" * (number % 3 + 1) for number in range(50)]
+    whole = datasets.Dataset.from_dict({"text": texts, "source": [number % 3 for number in range(50)]})
+    part = whole.select(range(5, 15))
+    Partition.from_column(part, "source").save(tmp_path / "partition")
+    Partition.load(tmp_path / "partition", datasets.Dataset.from_dict(part[:]))
+    Partition.load(tmp_path / "partition", part.map(lambda rows: rows, batched=True, batch_size=3))
+    with pytest.raises(ValueError, match="another dataset"):
+        Partition.load(tmp_path / "partition", whole.select(range(6, 16)))
+
+
+def test_names_are_different():
+    with pytest.raises(ValueError, match="two groups have one name"):
+        Partition(np.array([0, 1]), 2, ("a", "a"))
+
+
+@pytest.mark.parametrize(
+    ("make", "given"),
+    [
+        (Partition.random, {"n": 10, "num_groups": 2.0}),
+        (Partition.random, {"n": 10.0, "num_groups": 2}),
+        (Partition.random, {"n": 10, "group_size": 2.5}),
+        (Partition.random, {"n": 10, "num_groups": 2, "seed": -1}),
+        (Partition.kmeans, {"features": np.eye(4), "num_groups": 2.0}),
+        (Partition.kmeans, {"features": np.eye(4), "num_groups": 2, "seed": -1}),
+    ],
+)
+def test_numbers_are_whole(make, given):
+    with pytest.raises(ValueError, match="give an integer of 0 or more"):
+        make(**given)

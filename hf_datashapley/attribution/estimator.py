@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -15,19 +15,29 @@ import torch
 from torch import Tensor, nn
 
 from ..ghost.capture import Capture
+from ..grouping import Grouping
+from .batched import Directions
 from .ensembles import Ensemble, as_ensemble, in_turn
+from .group_sums import check_sums, summed_scores
 from .losses import Output
 from .mapped import UnitMap
+from .measures import Sums
+from .queries import Asked
 from .retrieval import top_table
 from .settings import Settings, launched_ranks
 from .store import Stored
 from .stored import StoredFeatures
-from .whole import Directions, WholeGradients
+from .whole import WholeGradients
 
 
 @dataclass(repr=False)
 class Attribution(Settings):
-    """An estimator of what each training unit did to each query's loss; see `Settings` for what all of them take."""
+    """An estimator of what each training unit did to each query's loss; see `Settings` for what all of them take.
+
+    `additive`: whether scores add up over units.
+    """
+
+    additive: ClassVar[bool] = True
 
     def fit(self, train_dataset: Any) -> Any:
         """Reads the training set under every member.
@@ -48,20 +58,43 @@ class Attribution(Settings):
         vars(self).update({name: value for name, value in vars(fitted).items() if name not in self.get_params()})
         return self
 
-    def score(self, query_dataset: Any) -> np.ndarray:
+    def score(self, query_dataset: Any, *, mean: bool = False) -> np.ndarray:
         """How much each training unit lowers each query's loss; positive: it does.
 
         Args:
             query_dataset: map-style, rows with labels; each row is a query, of which the mean token loss is explained.
+                Or what else is asked about: a property function, or a list of them, that makes a scalar of the model,
+                one that is better when it is smaller (`lambda model: model(**batch).loss`).
+            mean: explain the mean of the queries' losses, as one query.
 
         Returns:
-            float32 [units, queries], in the order of `units_`.
+            float32 [units, queries], in the order of `units_`; of property functions, a column for each.
 
         Raises:
-            ValueError: `fit` was not called, or a query has no loss token.
+            ValueError: `fit` was not called, a query has no loss token, or a property function gives no scalar that
+                depends on the model.
         """
         with torch.enable_grad():
-            return np.concatenate([block.float().cpu().numpy() for _, block in self._blocks(query_dataset)])
+            blocks = self._blocks(query_dataset, mean)
+            return np.concatenate([block.float().cpu().numpy() for _, block in blocks])
+
+    def group_scores(self, query_dataset: Any, partition: Grouping, *, mean: bool = False) -> np.ndarray:
+        """`score` added up over groups of the fitted units, of an estimator whose scores add up (see `group_sums`).
+
+        Args:
+            query_dataset, mean: as in `score`.
+            partition: of the units, in the order of `units_`.
+
+        Returns:
+            float32 [groups, queries], summed in float64. Of stored features no matrix [units, queries] is made.
+
+        Raises:
+            ValueError: scores do not add up, groups were fitted, or the partition is not of the units; or as `score`.
+        """
+        self._fitted()
+        check_sums(type(self).__name__, self.additive, partition, self._train)
+        with torch.enable_grad():
+            return summed_scores(self._blocks(query_dataset, mean), partition)
 
     def top(
         self, query_dataset: Any, k: int, *, lowest: bool = False, tokenizer: Any = None, text_column: str = "text"
@@ -77,7 +110,8 @@ class Attribution(Settings):
 
     def features(self, member: int = 0) -> Iterator[tuple[int, Tensor]]:
         """The stored features of one member's units, float32 [u, features], block by block, each with the number of
-        its first unit: of the gradient of the unit's summed output.
+        its first unit: of the gradient of the unit's summed output (with kernel="unit" and several models, `Trak`'s
+        are of its members' outputs, each times its weight).
 
         Raises:
             ValueError: `fit` was not called, or nothing is stored (projection_dim=None).
@@ -85,11 +119,12 @@ class Attribution(Settings):
         engine = self._fitted()
         if not isinstance(engine, StoredFeatures):
             raise ValueError("projection_dim=None stores no features: set projection_dim")
-        return ((stored.start, stored.features) for stored in engine.store.shards(member))
+        # The engine has the folder: it has to live as long as what is read from there.
+        return ((stored.start, stored.features) for engine in [engine] for stored in engine.store.shards(member))
 
-    def _blocks(self, query_dataset: Any) -> Iterator[tuple[int, Tensor]]:
+    def _blocks(self, query_dataset: Any, mean: bool = False) -> Iterator[tuple[int, Tensor]]:
         """Scores [u, Q] of units one after the other, each block with the number of its first."""
-        return self._fitted().blocks(query_dataset)
+        return self._fitted().blocks(Asked(query_dataset, mean))
 
     def _fit(self, train_dataset: Any) -> None:
         self.check()
@@ -97,16 +132,24 @@ class Attribution(Settings):
         make = StoredFeatures if self._stores() else WholeGradients
         self._begin(ensemble)
         self._engine: StoredFeatures | WholeGradients = make(self, self, ensemble, ranks)
+        if self.outputs_first():
+            with in_turn(ensemble) as models:
+                self._read(train_dataset, next(models))
+            self._fit_outputs(ensemble)
         with in_turn(ensemble) as models:
             for number, model in enumerate(models):
-                if number == 0:
-                    self._train = self._engine.train = self.train_corpus(train_dataset, model)
-                    self.units_ = self._train.ids
+                if number == 0 and not self.outputs_first():
+                    self._read(train_dataset, model)
                 with self.captured(model) as capture:
                     self._begin_member(number, model, capture)
                     self._engine.fit_member(number, model, capture)
                     self._fit_member(number, model, capture)
-        self._fit_outputs(ensemble)
+        if not self.outputs_first():
+            self._fit_outputs(ensemble)
+
+    def _read(self, train_dataset: Any, model: nn.Module) -> None:
+        self._train = self._engine.train = self.train_corpus(train_dataset, model)
+        self.units_ = self._train.ids
 
     def _fitted(self) -> StoredFeatures | WholeGradients:
         if "_engine" not in vars(self):
@@ -141,14 +184,27 @@ class Attribution(Settings):
         """Whether `whole_directions` are to be made of queries also where features are stored: they are projected."""
         return False
 
+    def kernel_of_members(self) -> bool:
+        """Whether a kernel is made of the members of groups, while the groups' features are, see `unit_kernel`."""
+        return False
+
+    def member_factors(self, unit_U: np.ndarray, sums: Sums) -> tuple[Tensor | None, Tensor | None]:
+        """By which features of these members are multiplied in this kernel, and in their group's."""
+        return None, None
+
+    def outputs_first(self) -> bool:
+        """Whether the ensemble's outputs have to be known before features are made."""
+        return False
+
     def _fit_member(self, number: int, model: nn.Module, capture: Capture) -> None:
         """What has to be known of a member beside its features, if they are stored: they are there."""
 
     def _fit_outputs(self, ensemble: Ensemble) -> None:
         """What has to be known of the ensemble's `outputs()`."""
 
-    def feature_directions(self, member: int, query_QF: Tensor, loss_Q: Tensor) -> Tensor:
-        """What units' features are matched with, [Q, F], from features of queries' mean outputs and losses."""
+    def feature_directions(self, member: int, query_QF: Tensor, loss_Q: Tensor | None) -> Tensor:
+        """What units' features are matched with, [Q, F], from features of queries' mean outputs, and their losses
+        (None where they are of something else, see `queries`)."""
         return query_QF
 
     def whole_directions(self, member: int, directions: Directions) -> Directions:

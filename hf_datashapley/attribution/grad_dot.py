@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,10 +34,12 @@ class GradCos(Attribution):
     for models of a few million parameters.
     """
 
+    additive: ClassVar[bool] = False
+
     def _stores(self) -> bool:
         return True
 
-    def feature_directions(self, member: int, query_QF: Tensor, loss_Q: Tensor) -> Tensor:
+    def feature_directions(self, member: int, query_QF: Tensor, loss_Q: Tensor | None) -> Tensor:
         return query_QF / norms(query_QF).unsqueeze(1)
 
     def weights(self, stored: Stored) -> Tensor | None:

@@ -89,13 +89,18 @@ def check_token_losses(model: nn.Module, inputs: Mapping[str, Any], losses: Tens
     with torch.no_grad():
         own = in_full(model(**inputs).loss)
     mean = losses.detach().sum() / tokens
-    half = next(model.parameters()).dtype != mean.dtype
-    if not bool((own - mean).abs() <= (HALF_TOLERANCE if half else TOLERANCE) * mean.abs().clamp(min=1e-3)):
+    if not near(own, mean, model):
         raise ValueError(
             f"the model's own loss of a batch is {float(own):.6g} and the mean cross-entropy of its labels "
             f"{float(mean):.6g}: attribution needs a model whose loss is the plain mean over labelled tokens or rows "
             "(no auxiliary loss, no label smoothing)"
         )
+
+
+def near(own: Tensor, other: Tensor, model: nn.Module) -> bool:
+    """Whether two losses are one, as far as the model's precision goes."""
+    half = next(model.parameters()).dtype != other.dtype
+    return bool((own - other).abs() <= (HALF_TOLERANCE if half else TOLERANCE) * other.abs().clamp(min=1e-3))
 
 
 @contextmanager

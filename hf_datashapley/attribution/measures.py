@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..full_precision import full_dtype
 from ..ghost.capture import Capture
@@ -82,15 +83,17 @@ def forwarded(model: nn.Module, shifted: bool) -> Measure:
     return measure
 
 
-def over_units(corpus: Corpus, start: int, stop: int, measure: Measure, width: int, model: nn.Module) -> Sums:
-    """Of the units `start` to `stop` - 1, on the model's device."""
+def over_units(
+    corpus: Corpus, start: int, stop: int, measure: Measure, width: int, model: nn.Module, label: str | None = None
+) -> Sums:
+    """Of the units `start` to `stop` - 1, on the model's device; with a progress bar where it has a label."""
     some = next(model.parameters())
     dtype, device = full_dtype(some.dtype), some.device
     count = stop - start
     numbers = torch.zeros(count, width, dtype=dtype, device=device)
     terms = torch.zeros(count, 2, dtype=dtype, device=device)
     tokens = torch.zeros(count, dtype=torch.int64)
-    for batch in corpus.batches(start, stop):
+    for batch in tqdm(corpus.batches(start, stop), label, corpus.batch_count(start, stop), disable=label is None):
         inputs = moved(batch.inputs, device)
         found, losses = measure(inputs, batch.units)
         both = torch.stack([losses.detach(), misses(losses)], dim=-1)

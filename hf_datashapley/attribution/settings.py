@@ -15,25 +15,30 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import default_data_collator
+from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
 
 from ..ghost.capture import Capture
+from ..grouping import Grouping
 from ..loss_tokens import IGNORED, shifts_labels
 from ..ranks import Ranks
 from ..trainer.batches import IdColumns
 from ..trainer.boundaries import row_documents
-from ..trainer.packed import check_documents_apart, check_samples_apart, packs_samples
+from ..trainer.packed import check_documents_apart, check_samples_apart, documents_apart, packs_samples
 from .activations import fused_activations
-from .corpus import Corpus, Reading, Unit
-from .grouping import Grouping
-from .losses import check_token_losses, token_losses, without_cache
+from .collation import Reading, Unit
+from .corpus import Corpus
+from .group_passes import longest_piece
+from .losses import check_token_losses, near, token_losses, without_cache
 from .measures import moved
 from .projection import ProjectionKind
 
 
 Collator = Callable[[list[Any]], Any]
+Loss = Callable[[nn.Module, Any], Tensor]
 StoreDtype = Literal["float32", "float16"]
+Route = Literal["summed", "batched"]
+KernelOf = Literal["group", "unit"]
 # Text of a setting that is printed; of others, what they are.
 LONGEST = 60
 
@@ -50,11 +55,20 @@ class Settings:
             matrix over the whole gradient, with the noise of a dense one; "rademacher", the dense one (slow); "auto":
             "sjlt" for small models, else "logra".
         modules: which modules' parameters count, as PEFT's `target_modules`; None: every one that requires a gradient.
-        unit: "sample", "document" (rows of `pack_documents`) or "token" (its own loss, a backward pass for each).
-        partition: groups of samples, or of documents, that are the units instead.
+        unit: "sample", "document" (rows of `pack_documents`), "token" (its own loss, a backward pass for each) or
+            "group": the loss tokens of one group, wherever they stand. Exact whatever attends to whatever. A row is
+            passed once for each group that has loss tokens in it; where documents of packed rows are kept apart
+            (position_ids begin again at each, no attention_mask, a model that heeds it: it is tried), only as often
+            as the document with the most groups has them: once, where each document is of one group.
+        partition: groups of samples, of documents or of groups of tokens, that are the units instead.
+        route: how the gradient of a unit, a group say, comes about. "summed": of what its members give in shared
+            backward passes, whatever else is in the batch. "batched": of backward passes of its own, which know
+            nothing of members. Both are exact.
         batch_size: rows of a forward pass. Scores do not depend on it.
         data_collator: of training and query rows; None: `transformers.default_data_collator`.
         sample_id_column, document_id_column: as in `ShapleyConfig`.
+        group_id_column: of each token's group where groups are units, integers; negative: of none, and not scored. A
+            loss token is the one that is predicted.
         store_dir: where features are kept, to go on after a kill or to score again without a pass over the training
             set; None: in a temporary folder. (Nothing is stored without a projection, unless the estimator needs it.)
         store_dtype: "float32", or "float16": half the room for rounding to 11 bits.
@@ -73,10 +87,12 @@ class Settings:
     modules: list[str] | str | None = None
     unit: Unit = "sample"
     partition: Grouping | None = None
+    route: Route = "summed"
     batch_size: int = 8
     data_collator: Collator | None = None
     sample_id_column: str = "sample_id"
     document_id_column: str = "document_id"
+    group_id_column: str = "group_id"
     store_dir: str | Path | None = None
     store_dtype: StoreDtype = "float32"
     seed: int = 0
@@ -123,7 +139,12 @@ class Settings:
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed={self.seed!r}: give an integer of 0 or more")
-        for name, known in (("projection", ProjectionKind), ("unit", Unit), ("store_dtype", StoreDtype)):
+        for name, known in (
+            ("projection", ProjectionKind),
+            ("unit", Unit),
+            ("route", Route),
+            ("store_dtype", StoreDtype),
+        ):
             check_choice(name, vars(self)[name], get_args(known))
 
     def train_corpus(self, dataset: Any, model: nn.Module) -> Corpus:
@@ -140,7 +161,7 @@ class Settings:
         return Reading(
             collate=known_columns(collator, model),
             unit=unit,
-            columns=IdColumns(self.sample_id_column, self.document_id_column),
+            columns=IdColumns(self.sample_id_column, self.document_id_column, self.group_id_column),
             packs=packs_samples(collator),
             shifted=shifts_labels(model),
             batch_size=self.batch_size,
@@ -167,7 +188,10 @@ def settings_named_here() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(str(error).replace("value_modules", "modules").replace("value_unit", "unit")) from error
+        text = str(error).replace("value_modules", "modules").replace("value_unit", "unit")
+        jvp = "set value_kernel='jvp', which tells them apart all the same"
+        own = "give tokens their documents' ids as groups (unit='group'), which tells them apart all the same"
+        raise ValueError(text.replace(jvp, own)) from error
 
 
 def launched_ranks() -> Ranks:
@@ -205,11 +229,53 @@ def check_reading(model: nn.Module, corpus: Corpus) -> None:
         elif reading.unit == "document":
             row = reading.columns.without(largest_document(first, reading.columns.document))
             check_documents_apart(model, loss, reading.collate, row, reading.batch_size)
-        batch = next(corpus.batches(0, 1))
+        # Groups of tokens are passed only where they have a loss: the first ones, prompts say, may have none.
+        batch = next(corpus.batches(0, corpus.count if reading.unit == "group" else 1), None)
+        if batch is None:
+            return
+        if reading.unit == "group":
+            corpus.apart = keeps_documents_apart(model, loss, batch.inputs, reading.batch_size)
         inputs = moved(batch.inputs, device)
         with torch.no_grad():
             losses = token_losses(model, inputs, reading.shifted)
         check_token_losses(model, inputs, losses, int(batch.tokens.sum()))
+        check_padding(model, corpus, device)
+
+
+def check_padding(model: nn.Module, corpus: Corpus, device: torch.device) -> None:
+    """Holds the loss of a row that is padded on the left against its loss alone.
+
+    Raises:
+        ValueError: they differ, as with a model that counts padding as positions.
+    """
+    inputs, _ = corpus.collated(np.arange(min(len(corpus.rows), corpus.reading.batch_size)))
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != inputs["labels"].shape:
+        return
+    padded = (mask[:, 0] == 0).nonzero().flatten().tolist()
+    if not padded:
+        return
+    alone, _ = corpus.collated(np.array(padded[:1]))
+    with torch.no_grad():
+        together = token_losses(model, moved(inputs, device), corpus.reading.shifted)[padded[0]].sum()
+        single = token_losses(model, moved(alone, device), corpus.reading.shifted).sum()
+    if not near(together, single, model):
+        raise ValueError(
+            f"data_collator pads on the left, and this model's loss of a row depends on it ({float(single):.4g} alone"
+            f", {float(together):.4g} beside longer ones), so scores would depend on batches: pad on the right "
+            "(tokenizer.padding_side='right'), or have the collator make position_ids"
+        )
+
+
+def keeps_documents_apart(model: nn.Module, loss: Loss, inputs: dict[str, Any], rows: int) -> bool:
+    """Whether positions that begin again keep documents of a row apart; no, where there are none, or no model of
+    transformers to ask."""
+    places = inputs.get("position_ids")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if places is None or places.shape != inputs["input_ids"].shape or not isinstance(base, PreTrainedModel):
+        return False
+    tokens = longest_piece(inputs)
+    return documents_apart(model, loss, {"input_ids": tokens, "labels": tokens}, rows)
 
 
 def largest_document(row: Mapping[str, Any], column: str | None) -> dict[str, Any]:

@@ -30,12 +30,13 @@ from ..ranks import Ranks
 from ..values.features import DTYPES, encoded
 from ..whole_files import write_whole
 from .measures import Sums
+from .unit_kernel import KernelSum
 
 
 logger = logging.get_logger(__name__)
 
 MANIFEST = "features.json"
-FORMAT = 2
+FORMAT = 3
 # Of a shard's features.
 SHARD_BYTES = 64 * 2**20
 # And of its units: what a kill may cost.
@@ -64,6 +65,7 @@ class FeatureStore:
         dtype: of the codes, "float32" or "float16".
         ranks: the processes that write it together.
         aloud: say how much room the features take also where it is little.
+        beside: bytes that are going to lie beside the features.
 
     Raises:
         ValueError: the folder holds features of something else, or the disk is too small for them.
@@ -79,6 +81,7 @@ class FeatureStore:
         dtype: str,
         ranks: Ranks,
         aloud: bool = False,
+        beside: int = 0,
     ):
         self.folder, self.ranks = folder, ranks
         self.units, self.width, self.members, self.dtype = units, width, members, dtype
@@ -94,7 +97,7 @@ class FeatureStore:
             **description,
         }
         self._open(json.loads(json.dumps(described)))
-        self._check_room(units * members * unit_bytes, aloud)
+        self._check_room(units * members * unit_bytes, beside, aloud)
 
     def _open(self, described: dict[str, Any]) -> None:
         path = self.folder / MANIFEST
@@ -104,7 +107,7 @@ class FeatureStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(described, indent=1).encode())
         if self.ranks.index == 0:
-            for left in self.folder.glob("member-*/*.tmp"):  # by a process that was killed while it wrote
+            for left in self.folder.glob("**/*.tmp"):  # by a process that was killed while it wrote
                 left.unlink()
         self.ranks.wait()
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -116,14 +119,15 @@ class FeatureStore:
                 "set these as they were"
             )
 
-    def _check_room(self, total: int, aloud: bool) -> None:
-        have = sum(path.stat().st_size for path in self.folder.glob("member-*/*.safetensors"))
-        free = shutil.disk_usage(self.folder).free
+    def _check_room(self, own: int, beside: int, aloud: bool) -> None:
+        have = sum(path.stat().st_size for path in self.folder.glob("**/*.safetensors"))
+        free, total = shutil.disk_usage(self.folder).free, own + beside
+        more = f"{beside / 2**30:.2f} GiB beside them, " if beside else ""
         logger.log(
             logging.WARNING if aloud or total >= LARGE else logging.INFO,
             f"features of {self.units:,} units under {self.members} members: {self.width:,} numbers each, "
-            f"{total / 2**30:.2f} GiB, of which {have / 2**30:.2f} GiB are there; {free / 2**30:.2f} GiB are free in "
-            f"{self.folder}",
+            f"{own / 2**30:.2f} GiB, {more}of which {have / 2**30:.2f} GiB are there; {free / 2**30:.2f} GiB are free "
+            f"in {self.folder}",
         )
         if total - have > free:
             raise ValueError(
@@ -150,14 +154,24 @@ class FeatureStore:
         path.parent.mkdir(exist_ok=True)
         write_whole(path, save(tensors))
 
-    def fill(self, member: int, make: Callable[[int, int], Sums], progress: bool) -> None:
-        """Writes what is missing of a member, made of its first unit and the one after its last."""
+    def fill(
+        self, member: int, make: Callable[[int, int], Sums], progress: bool, kernel: KernelSum | None = None
+    ) -> None:
+        """Writes what is missing of a member, made of its first unit and the one after its last; with a `kernel`,
+        also what this does not hold yet."""
         missing = self.missing(member)
+        if kernel is not None:
+            own = set(self.starts()[self.ranks.index :: self.ranks.count])
+            missing = sorted({*missing, *(own - kernel.done())})
         label = f"features of member {member + 1} of {self.members}"
         bar = tqdm(total=sum(self.stop(s) - s for s in missing), desc=label, unit="unit", disable=not progress)
         with bar:
             for start in missing:
+                if kernel is not None:
+                    kernel.begin(start)
                 self.write(member, start, make(start, self.stop(start)))
+                if kernel is not None:
+                    kernel.finish()
                 bar.update(self.stop(start) - start)
 
     def read(self, member: int, start: int) -> Stored:

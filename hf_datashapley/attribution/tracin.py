@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ class TracIn(OverCheckpoints):
             directions = self.moments(member, shapes, some.device).scaled(directions)
         return directions if self._stores() else {name: self.rate(member) * own for name, own in directions.items()}
 
-    def feature_directions(self, member: int, query_QF: Tensor, loss_Q: Tensor) -> Tensor:
+    def feature_directions(self, member: int, query_QF: Tensor, loss_Q: Tensor | None) -> Tensor:
         return self.rate(member) * query_QF
 
 
@@ -139,6 +139,8 @@ class Less(OverCheckpoints):
 
     Cost: a pass over the training set for each member that forms units' whole gradients, a gigabyte of them at a time.
     """
+
+    additive: ClassVar[bool] = False
 
     _: KW_ONLY
     projection_dim: int | None = 8192
@@ -173,7 +175,7 @@ class Less(OverCheckpoints):
 
         return update
 
-    def feature_directions(self, member: int, query_QF: Tensor, loss_Q: Tensor) -> Tensor:
+    def feature_directions(self, member: int, query_QF: Tensor, loss_Q: Tensor | None) -> Tensor:
         return self.rate(member) * query_QF / norms(query_QF).unsqueeze(1)
 
     def weights(self, stored: Stored) -> Tensor | None:

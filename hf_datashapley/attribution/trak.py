@@ -20,20 +20,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..ghost.capture import Capture
 from .corpus import Corpus
-from .ensembles import Ensemble, in_turn
+from .ensembles import Ensemble, as_ensemble, in_turn
 from .estimator import Attribution
-from .kernel import Kernel
+from .kernel import FeatureGram, Kernel, check_damping, kernel_of
 from .losses import LEAST_MISS, Output, without_cache
 from .measures import Sums, forwarded, over_units
-from .settings import check_choice
+from .settings import KernelOf, check_choice
 from .store import Stored
 from .stored import StoredFeatures
 
@@ -51,6 +52,9 @@ class Trak(Attribution):
             default is the best, or nearly, for every kind of ensemble from 2,048 features on, by the LDS of queries
             that no table scores (examples/trak_ensembles).
         output: "mean" or "tokens", what f is.
+        kernel: of whose features it is made where groups are scored (`partition`). "group": of the groups', each of
+            which is a text to f and Q. "unit": of their members', each a text; a group's score is then the sum of the
+            scores that its members would have by themselves, of which only `groups * F` + F^2 numbers are kept.
 
     Cost: a forward and a backward pass over the training set for each member, without weights' gradients; for the
     kernel F^2 numbers and units * F^2 products (units^2, where that is less).
@@ -60,10 +64,43 @@ class Trak(Attribution):
     projection_dim: int | None = 2048
     damping: float = 1.0
     output: Literal["mean", "tokens"] = "mean"
+    kernel: KernelOf = "group"
 
     def check(self) -> None:
         super().check()
         check_choice("output", self.output, ("mean", "tokens"))
+        check_choice("kernel", self.kernel, get_args(KernelOf))
+        check_damping(self.damping)
+        if self.outputs_first() and self.route == "batched":
+            raise ValueError(
+                "kernel='unit' weighs each member of a group by its own Q (but for one model with output='mean'), and "
+                "route='batched' knows no members: set route='summed', or kernel='group'"
+            )
+
+    def kernel_of_members(self) -> bool:
+        return self.kernel == "unit" and self.partition is not None
+
+    def outputs_first(self) -> bool:
+        # Of one model Q_i phi(i) is the gradient of the loss, whatever Q_i is.
+        ensemble = as_ensemble(self.members)
+        alone = len(ensemble) == 1 and not ensemble.forward_only and self.output == "mean"
+        return self.kernel_of_members() and not alone
+
+    def described(self) -> dict[str, Any]:
+        if not self.kernel_of_members():
+            return {}
+        weights = "log odds, times Q in groups" if self.outputs_first() else "log odds"
+        return {"kernel": "unit", "members": f"{weights}, of {self.output}"}
+
+    def member_factors(self, unit_U: np.ndarray, sums: Sums) -> tuple[Tensor | None, Tensor | None]:
+        phi = None
+        if self.output == "mean":
+            tokens = sums.tokens.clamp(min=1)
+            phi = odds(sums.loss / tokens) / tokens
+        if not self.outputs_first():
+            return phi, None
+        softness = self._softness[torch.from_numpy(unit_U)].to(sums.loss)
+        return phi, softness if phi is None else softness * phi
 
     def _stores(self) -> bool:
         return True
@@ -77,21 +114,33 @@ class Trak(Attribution):
         if number == 0:
             self._kernels: list[Kernel] = []
 
+        if self._engine.kernel is not None:
+            count = self._engine.members.corpus.count
+            self._kernels.append(FeatureGram(self._engine.kernel.total(), count, self.damping))
+            return
+
         def features() -> Iterator[Tensor]:
             for stored in store.shards(number):
                 weights = self.weights(stored)
                 yield stored.features if weights is None else stored.features * weights.unsqueeze(1)
 
-        self._kernels.append(Kernel(features, store.units, store.width, self.damping))
+        self._kernels.append(kernel_of(features, store.units, store.width, self.damping))
 
     def _fit_outputs(self, ensemble: Ensemble) -> None:
         assert isinstance(self._engine, StoredFeatures)
-        store, corpus = self._engine.store, self._engine.train
         found: Iterable[Sums]
-        if not ensemble.forward_only:
-            found = (store.terms(number) for number in range(store.members))
+        if self.kernel_of_members():
+            if not self.outputs_first():
+                return
+            train = self._train
+            single = Corpus(train.rows, train.reading, None, train.name)
+            single.apart = train.apart
+            found = forwarded_sums(ensemble, single, self.progress)
+        elif ensemble.forward_only:
+            found = forwarded_sums(ensemble, self._engine.train, self.progress)
         else:
-            found = forwarded_sums(ensemble, corpus, self.progress)
+            store = self._engine.store
+            found = (store.terms(number) for number in range(store.members))
         self._softness = torch.stack([self._softness_of(sums) for sums in found]).mean(0)
 
     def _softness_of(self, sums: Sums) -> Tensor:
@@ -101,19 +150,21 @@ class Trak(Attribution):
             return sums.miss / tokens
         return -torch.expm1(-sums.loss / tokens) * sums.tokens
 
-    def feature_directions(self, member: int, query_QF: Tensor, loss_Q: Tensor) -> Tensor:
-        if self.output == "mean":
+    def feature_directions(self, member: int, query_QF: Tensor, loss_Q: Tensor | None) -> Tensor:
+        if self.output == "mean" and loss_Q is not None:
             query_QF = query_QF * odds(loss_Q).unsqueeze(1)
         return self._kernels[member].solve(query_QF)
 
     def weights(self, stored: Stored) -> Tensor | None:
         """By which a unit's gradient of its summed loss becomes phi."""
-        if self.output == "tokens":
+        if self.output == "tokens" or self.kernel_of_members():
             return None
         tokens = stored.tokens.clamp(min=1)
         return odds(stored.loss / tokens) / tokens
 
     def finished(self, start: int, block_uQ: Tensor) -> Tensor:
+        if self.kernel_of_members():
+            return block_uQ
         return block_uQ * self._softness[start : start + len(block_uQ)].unsqueeze(1)
 
 

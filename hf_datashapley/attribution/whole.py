@@ -3,37 +3,38 @@
     score_iq = mean over members of  <g_i, u_q>        u_q what the estimator makes of the gradient of query q
 
 Nothing is stored of units, and nothing is projected: exact. A query costs a pass over the training set, in which as
-many queries take part as their directions fit into memory.
+many queries take part as their directions fit into memory. On the route "summed" units' gradients meet the directions
+in the backward pass, layer by layer; on "batched" each one's whole gradient does, see `batched`.
 
 Shapes: U units, u of a shard, Q queries, K of them in a pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..free_memory import free_memory
-from ..full_precision import full_dtype, in_full
+from ..full_precision import full_dtype
 from ..ghost.capture import Capture
 from ..ranks import Ranks
+from .batched import Directions, batched_over_units, inner_products_of
 from .corpus import Corpus
 from .ensembles import Ensemble, in_turn
-from .losses import Output, differentiated, token_losses
-from .measures import mean_over_tokens, moved, over_units, scored
+from .losses import Output
+from .measures import Sums, over_units, scored
+from .queries import Asked, Queries
 from .settings import Settings
 
 
 # Of the memory that is free, for the directions of a pass over the training set. (Making them takes as much again.)
 DIRECTION_SHARE = 0.25
-# Units between two steps of the progress bar.
-SHARD_UNITS = 512
-
-Directions = dict[str, Tensor]
+# Of a block of scores.
+BLOCK_UNITS = 512
 
 
 class GradientMethod(Protocol):
@@ -55,11 +56,11 @@ class WholeGradients:
     def fit_member(self, number: int, model: nn.Module, capture: Capture) -> None:
         """Nothing has to be known but the training set."""
 
-    def blocks(self, query_dataset: Any) -> Iterator[tuple[int, Tensor]]:
+    def blocks(self, asked: Asked) -> Iterator[tuple[int, Tensor]]:
         total: Tensor | None = None
         with in_turn(self.ensemble) as models:
             for number, model in enumerate(models):
-                queries = self.settings.query_corpus(query_dataset, model)
+                queries = asked.of(partial(self.settings.query_corpus, model=model))
                 with self.settings.captured(model) as capture:
                     parts = chunks(capture, queries.count)
                     own = torch.cat([self._pass(number, model, capture, queries, chunk) for chunk in parts], dim=1)
@@ -67,23 +68,33 @@ class WholeGradients:
         assert total is not None
         self.ranks.sum_([total])
         total /= len(self.ensemble)
-        for start in range(0, len(total), SHARD_UNITS):
-            yield start, self.method.finished(start, total[start : start + SHARD_UNITS])
+        for start in range(0, len(total), BLOCK_UNITS):
+            yield start, self.method.finished(start, total[start : start + BLOCK_UNITS])
 
-    def _pass(self, member: int, model: nn.Module, capture: Capture, queries: Corpus, chunk: range) -> Tensor:
+    def _pass(self, member: int, model: nn.Module, capture: Capture, queries: Queries, chunk: range) -> Tensor:
         """Scores of all units against some queries, [U, K]; 0 for units that other ranks score."""
         output = self.method.objective()
-        gradients, _ = query_gradients(model, capture, queries, chunk, output)
+        gradients, _ = queries.gradients(model, capture, chunk, output)
         directions = self.method.whole_directions(member, gradients)
-        measure = scored(model, capture, directions, self.train.reading.shifted, output)
-        starts = range(0, self.train.count, SHARD_UNITS)[self.ranks.index :: self.ranks.count]
+        show = self.settings.progress and self.ranks.is_local_main
+        label = f"scores under member {member + 1} of {len(self.ensemble)}" if show else None
+        make = self._scores(model, capture, directions, output, label)
+        # At once, so that a row that many units have pieces of is passed once.
+        start, stop = (self.train.count * n // self.ranks.count for n in (self.ranks.index, self.ranks.index + 1))
         found = torch.zeros(self.train.count, len(chunk))
-        label = f"scores under member {member + 1} of {len(self.ensemble)}"
-        quiet = not (self.settings.progress and self.ranks.is_local_main)
-        for start in tqdm(starts, label, disable=quiet):
-            stop = min(start + SHARD_UNITS, self.train.count)
-            found[start:stop] = over_units(self.train, start, stop, measure, len(chunk), model).numbers.cpu()
+        found[start:stop] = make(start, stop).numbers.cpu()
         return found
+
+    def _scores(
+        self, model: nn.Module, capture: Capture, directions: Directions, output: Output, label: str | None
+    ) -> Callable[[int, int], Sums]:
+        """Of the units from one to another, [u, K]."""
+        width = len(next(iter(directions.values())))
+        if self.settings.route == "batched":
+            finish = inner_products_of(directions)
+            return partial(batched_over_units, self.train, finish, width, model, capture, output, label=label)
+        measure = scored(model, capture, directions, self.train.reading.shifted, output)
+        return lambda start, stop: over_units(self.train, start, stop, measure, width, model, label)
 
 
 def chunks(capture: Capture, queries: int) -> list[range]:
@@ -92,23 +103,3 @@ def chunks(capture: Capture, queries: int) -> list[range]:
     each = sum(parameter.numel() * full_dtype(parameter.dtype).itemsize for parameter in parameters)
     most = max(1, int(DIRECTION_SHARE * free_memory(parameters[0].device)) // each)
     return [range(start, min(start + most, queries)) for start in range(0, queries, most)]
-
-
-def query_gradients(
-    model: nn.Module, capture: Capture, queries: Corpus, chunk: range, output: Output
-) -> tuple[Directions, Tensor]:
-    """Of the mean output over each query's tokens, [K, *shape] by parameter name, in full precision; and the queries'
-    mean losses, [K]."""
-    parameters = list(capture.parameters.values())
-    found, mean_losses = [], []
-    for query in chunk:
-        (batch,) = queries.batches(query, query + 1)
-        inputs = moved(batch.inputs, parameters[0].device)
-        losses = token_losses(model, inputs, queries.reading.shifted)
-        total = differentiated(losses, output)
-        gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
-        tokens = batch.tokens.to(parameters[0].device)
-        found.append([mean_over_tokens(in_full(own).view(1, -1), tokens, query).view(own.shape) for own in gradients])
-        mean_losses.append(losses.detach().sum() / tokens[0])
-    by_name = zip(capture.parameters, zip(*found, strict=True), strict=True)
-    return {name: torch.stack(own) for name, own in by_name}, torch.stack(mean_losses)

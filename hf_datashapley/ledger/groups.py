@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from ..grouping import SHOWN, Grouping
 
-SHOWN = 5
+
 COUNTED = {"sample_id": "samples", "document_id": "documents"}
 
 
@@ -84,11 +85,62 @@ class Groups:
             )
         return cls.of(column, None if ids is None else ids.to_numpy(), table[column])
 
+    @classmethod
+    def of_partition(cls, partition: Grouping, dataset: Any, key: str, id_column: str) -> Groups:
+        """Of the dataset that was parted, see `parted_ids`; None: of samples that are known by their numbers.
 
-By: TypeAlias = str | Mapping[int, Any] | Sequence[Any] | np.ndarray | pd.Series | pa.Array | Groups
+        Groups are called by their names, or by their numbers where they have none.
+
+        Raises:
+            ValueError: it is another dataset, or none, and documents were parted; or ids are not such.
+        """
+        if dataset is None and key == "document_id":
+            raise ValueError(
+                "by is a partition, and groups of documents need `dataset`, which says whose label each is: give the "
+                "rows or the documents that were parted, or key='sample_id' for a partition of samples"
+            )
+        ids = np.arange(len(partition.labels)) if dataset is None else parted_ids(dataset, id_column)
+        if len(ids) != len(partition.labels):
+            raise ValueError(
+                f"by is a partition of {len(partition.labels)}, and the dataset has {len(ids)} {COUNTED[key]}: give "
+                "the dataset that was parted, and `key` for what it holds, 'sample_id' or 'document_id'"
+            )
+        labels = pa.array(partition.labels)
+        named = labels if partition.names is None else pa.array(partition.names).take(labels)
+        return cls.of("group", ids, named)
 
 
-def read_groups(by: By, dataset: Any, id_column: str) -> Groups:
+def parted_ids(dataset: Any, id_column: str) -> npt.NDArray[np.int64]:
+    """What the labels of a partition are of: the ids of rows, or their numbers without such a column; or, where it
+    holds lists (packed rows with a document for each token, -1 for padding), of each document as it first appears.
+
+    Raises:
+        ValueError: the dataset has no columns, or ids are not integers.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"by is a partition, and a {type(dataset).__name__} has no columns to look up ids in: give a "
+            "`datasets.Dataset`, or a mapping from ids to groups"
+        )
+    if id_column not in dataset.column_names:
+        return np.arange(len(dataset))
+    found = dataset.select_columns([id_column]).with_format("arrow")[:][id_column]
+    packed = pa.types.is_list(found.type) or pa.types.is_large_list(found.type)
+    if packed:
+        found = pc.unique(pc.list_flatten(found))  # as they first appear
+    if found.null_count or not pa.types.is_integer(found.type):
+        raise ValueError(
+            f"by is a partition, and the dataset's column {id_column!r} is not integers ({found.type}, "
+            f"{found.null_count} null): name the one with ids (id_column), or give a mapping from ids to groups"
+        )
+    ids: npt.NDArray[np.int64] = found.to_numpy().astype(np.int64)
+    return ids[ids >= 0] if packed else ids
+
+
+By: TypeAlias = str | Mapping[int, Any] | Sequence[Any] | np.ndarray | pd.Series | pa.Array | Groups | Grouping
+
+
+def read_groups(by: By, dataset: Any, key: str, id_column: str) -> Groups:
     """Groups in any of the forms that users give, see `load_values`.
 
     Raises:
@@ -98,6 +150,8 @@ def read_groups(by: By, dataset: Any, id_column: str) -> Groups:
         return by
     if isinstance(by, str):
         return Groups.of_column(dataset, by, id_column)
+    if isinstance(by, Grouping):
+        return Groups.of_partition(by, dataset, key, id_column)
     if dataset is not None:
         raise ValueError(f"dataset is for a `by` that names one of its columns, and by is a {type(by).__name__}")
     if isinstance(by, Mapping):
@@ -107,8 +161,8 @@ def read_groups(by: By, dataset: Any, id_column: str) -> Groups:
     if isinstance(by, (Sequence, np.ndarray, pa.Array, pa.ChunkedArray)):
         return Groups.of("group", None, by)
     raise ValueError(
-        f"by is a {type(by).__name__}: give a column's name, a mapping from ids to groups, a pandas Series with the "
-        "ids as its index, or an array or list of groups by id"
+        f"by is a {type(by).__name__}: give a column's name, a Partition, a mapping from ids to groups, a pandas "
+        "Series with the ids as its index, or an array or list of groups by id"
     )
 
 

@@ -56,9 +56,12 @@ def load_values(
             counts is the magnitude of samples, or of documents with units "document" and "token" (whatever tokens have
             rows), whether or not they are in the table.
         by: what to sum over: "sample_id" or "document_id", where the ledger has it, gives one row for each; or the
-            name of a column of `dataset`; or the groups themselves, as a mapping {id: group}, a pandas Series with ids
-            as its index, or an array or list of groups by id. A group may be None, where it is not known.
-        dataset: the `datasets.Dataset` of samples or documents whose column `by` names.
+            name of a column of `dataset`; or a `Partition`; or the groups themselves, as a mapping {id: group}, a
+            pandas Series with ids as its index, or an array or list of groups by id. A group may be None, where it is
+            not known.
+        dataset: the `datasets.Dataset` of samples or documents whose column `by` names; or that a `Partition` is of,
+            its rows, or the documents that lie in packed ones. A partition of samples that are known by their numbers
+            needs none.
         key: "sample_id" or "document_id", what `by` puts into groups. None: documents, where the ledger has them.
         id_column: the column of `dataset` with the ids of its rows. None: the one called as `key` is; without it, rows
             are known by their numbers.
@@ -150,7 +153,7 @@ def _level_and_groups(
     if key is not None and key not in ids:
         raise ValueError(f"key={key!r}: this ledger's rows are known by {', '.join(ids)}: choose one of these")
     key = key or ids[-1]
-    return [key], read_groups(by, dataset, id_column or key)
+    return [key], read_groups(by, dataset, key, id_column or key)
 
 
 def _summed(rows: pa.Table, keys: list[str], columns: list[str]) -> pa.Table:

@@ -46,15 +46,17 @@ class BatchUnits:
 
 @dataclass
 class IdColumns:
-    """Where rows carry ids that the model knows nothing of; `document`, one for each position, None: nowhere."""
+    """Where rows carry ids that the model knows nothing of; `document` and `group`, one for each position, None:
+    nowhere."""
 
     sample: str
     document: str | None = None
+    group: str | None = None
 
     def without(self, row: Any) -> Any:
         if not isinstance(row, Mapping):
             return row
-        return {key: value for key, value in row.items() if key not in (self.sample, self.document)}
+        return {key: value for key, value in row.items() if key not in (self.sample, self.document, self.group)}
 
 
 @dataclass

@@ -82,7 +82,18 @@ def check_documents_apart(
     Raises:
         ValueError: the model lets the second attend to the first.
     """
-    alone = collate([row])
+    if not documents_apart(model, loss, collate([row]), rows):
+        raise ValueError(
+            "value_unit='document': documents that share a row attend to each other in this model although "
+            f"position_ids begin again at each, so they have no values of their own: {KEPT_APART}, or set "
+            "value_kernel='jvp', which tells them apart all the same"
+        )
+
+
+def documents_apart(
+    model: PreTrainedModel, loss: Callable[[nn.Module, Batch], Tensor], alone: Mapping[str, Any], rows: int
+) -> bool:
+    """Whether a document, [1, T], is left alone by itself before it, where positions begin again between the two."""
     length = alone["input_ids"].shape[1]
     batch = {
         "input_ids": torch.as_tensor(alone["input_ids"]).repeat(rows, 2),
@@ -90,12 +101,7 @@ def check_documents_apart(
         "position_ids": torch.arange(length).repeat(rows, 2),
     }
     batch["labels"][:, length] = IGNORED
-    if not first_leaves_second_alone(model, loss, batch, length):
-        raise ValueError(
-            "value_unit='document': documents that share a row attend to each other in this model although "
-            f"position_ids begin again at each, so they have no values of their own: {KEPT_APART}, or set "
-            "value_kernel='jvp', which tells them apart all the same"
-        )
+    return first_leaves_second_alone(model, loss, batch, length)
 
 
 def check_no_cache(model: PreTrainedModel) -> None:

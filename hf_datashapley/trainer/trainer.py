@@ -37,8 +37,9 @@ from ..full_precision import in_full
 from ..ghost.capture import Capture, Kernel
 from ..ghost.forward_mode import check_token_losses, token_derivatives
 from ..ghost.units import Runs
+from ..grouping import Grouping
 from ..ledger import Ledger, load_audit, load_value_history, load_values
-from ..ledger.groups import By, Groups
+from ..ledger.groups import COUNTED, By, Groups
 from ..ledger.layout import unit_keys
 from ..ledger.writer import refuse_existing
 from ..loss_tokens import count_loss_tokens, shifts_labels
@@ -176,13 +177,24 @@ class ShapleyTrainer(Trainer):
     ) -> datasets.Dataset:
         """One row for each unit trained on so far, or each group of them, see `load_values`.
 
-        A column that `by` names without a `dataset` is one of `train_dataset`, and groups are of samples.
+        A column that `by` names without a `dataset` is one of `train_dataset`, and groups are of samples. So is a
+        `Partition`: of its documents, where values have these, or of its rows (or with key="sample_id").
         """
         self._flush()
         own = dataset is None and key in (None, "sample_id")
         if own and isinstance(by, str) and by not in unit_keys(self.args.value_unit):
             by, key = Groups.of_column(self.train_dataset, by, self.args.sample_id_column), "sample_id"
+        if dataset is None and isinstance(by, Grouping) and (key is None or key in COUNTED):
+            columns = {"sample_id": self.args.sample_id_column, "document_id": self.args.document_id_column}
+            key = key or ("document_id" if self._values_have_documents() else "sample_id")
+            by = Groups.of_partition(by, self.train_dataset, key, columns[key])
         return load_values(self.value_dir, from_step, to_step, normalize, by, dataset, key, id_column)
+
+    def _values_have_documents(self) -> bool:
+        if self.args.value_unit != "token":
+            return self.args.value_unit == "document"
+        rows = self.train_dataset
+        return isinstance(rows, datasets.Dataset) and self.args.document_id_column in rows.column_names
 
     def value_history(self, from_step: int | None = None, to_step: int | None = None) -> datasets.Dataset:
         """One row for each update and unit in it, see `load_value_history`."""

@@ -42,6 +42,8 @@ class DataInf:
     """
 
     def __init__(self, shards: Shards, blocks: Mapping[str, slice], units: int, tokens: int, damping: float):
+        if not tokens:
+            raise ValueError("train_dataset: no row has a labelled token, so none has influence: give labels")
         assert "" not in blocks, "features of all parameters together have no blocks"
         self._shards, self._blocks = shards, list(blocks.values())
         self._units, self._tokens = units, tokens

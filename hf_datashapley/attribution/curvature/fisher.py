@@ -1,4 +1,5 @@
-"""The empirical Fisher matrix of all features together, H = sum_i g_i g_i^T / N, over the units that are scored.
+"""The empirical Fisher matrix of all features together, H = sum_i g_i g_i^T / N, over the units that are scored,
+or over the members of groups that are.
 
 (H + damping)^-1 / N is the inverse of the features' damped kernel: what is N on one side is 1 on the other.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernel import Kernel, Shards
+from ..kernel import Kernel
 
 
 class Fisher:
@@ -16,8 +17,8 @@ class Fisher:
     Cost: see `kernel`; F^2 numbers, or as many as the square of the units.
     """
 
-    def __init__(self, shards: Shards, units: int, width: int, damping: float):
-        self._kernel = Kernel(shards, units, width, damping)
+    def __init__(self, kernel: Kernel):
+        self._kernel = kernel
 
     def of_features(self, query_QF: Tensor) -> Tensor:
         return self._kernel.solve(query_QF)

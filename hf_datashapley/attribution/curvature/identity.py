@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..batched import Directions
 from ..corpus import Corpus
-from ..whole import Directions
 
 
 class Identity:
     """H + damping = 1, in whatever unit: scores of `GradDot` / `tokens`."""
 
     def __init__(self, tokens: int):
+        if not tokens:
+            raise ValueError("train_dataset: no row has a labelled token, so none has influence: give labels")
         self.tokens = tokens
 
     def of_features(self, query_QF: Tensor) -> Tensor:

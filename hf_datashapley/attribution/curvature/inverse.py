@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..whole import Directions
+from ..batched import Directions
 
 
 class FeatureInverse(Protocol):

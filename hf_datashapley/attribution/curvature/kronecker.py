@@ -38,13 +38,14 @@ from ...ghost.capture import Capture
 from ...ghost.projection import leaves
 from ...ghost.rules import EmbeddingRule, LinearRule
 from ...ghost.units import Units
+from ...random_state import random_state_kept
 from ...ranks import Ranks
+from ..batched import Directions
 from ..corpus import Corpus
 from ..measures import moved
-from ..whole import Directions
 from .block import Block, eigen
 from .moments import Moments, counted_positions
-from .sampled_labels import sampled_loss
+from .sampled_labels import row_key, sampled_loss
 from .squares import add_squares
 from .uses import Records, Use
 
@@ -90,15 +91,19 @@ class TrainingRows:
             for batch in corpus.batches(start, min(start + SHARD_ROWS, corpus.count)):
                 records = Records(capture.parameters, some.device, full_dtype(some.dtype))
                 inputs = moved(batch.inputs, some.device)
-                rows = (batch.place + start).tolist()
+                keys = self._keys((batch.place + start).tolist())
                 with capture.projecting(records, batch.units) as taps:
-                    loss = sampled_loss(model, inputs, batch.units, rows, corpus.reading.shifted, self.seed)
+                    loss = sampled_loss(model, inputs, batch.units, keys, corpus.reading.shifted, self.seed)
                     torch.autograd.grad(loss, leaves(taps), allow_unused=True)
                 counted = counted_positions(inputs, batch.units, corpus.reading.shifted)
                 for name, record in records.parameters.items():
                     take(name, record.uses, batch.units, counted)
                 tokens += int(batch.tokens.sum())
         return tokens
+
+    def _keys(self, rows: list[int]) -> list[int]:
+        with random_state_kept():
+            return [row_key(self.corpus.reading.columns.without(self.corpus.rows[row])) for row in rows]
 
 
 def fitted(model: nn.Module, capture: Capture, rows: TrainingRows, corrected: bool, damping: float) -> Blocks:

@@ -2,8 +2,9 @@
 
 Of the labels as they are given, squared gradients are the "empirical" Fisher matrix, which is no approximation of the
 Hessian where the model does not fit (Kunstner, Balles, Hennig, arXiv 1905.12558). Labels are drawn where there is
-one, by inverting the distribution function at numbers that depend on the seed and the row alone: batch by batch or
-row by row they are the same, but where rounding moves the function past a number.
+one, by inverting the distribution function at numbers that depend on the seed and on the row's tokens alone: batch by
+batch or row by row, in whatever order, they are the same, but where rounding moves the function past a number. Rows of
+the same tokens draw alike.
 
 Shapes: N loss tokens, V classes.
 """
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ...full_precision import in_full
 from ...ghost.units import Units
 from ...loss_tokens import IGNORED, loss_positions
+from ..fingerprint import sha256_of
 
 
 # Entries of a distribution function that exist at a time: 64 MiB.
@@ -28,14 +30,14 @@ ENTRIES = 2**23
 
 
 def sampled_loss(
-    model: nn.Module, inputs: Mapping[str, Any], units: Units, rows: Sequence[int], shifted: bool, seed: int
+    model: nn.Module, inputs: Mapping[str, Any], units: Units, keys: Sequence[int], shifted: bool, seed: int
 ) -> Tensor:
     """Summed over all tokens that have a label, in nats, with labels drawn for the given.
 
     Args:
         inputs: what the model takes, with labels; of them only where they stand counts.
         units: the rows, or samples that were packed into one.
-        rows: their numbers in the dataset, by which numbers are drawn.
+        keys: of the rows, by which numbers are drawn.
         shifted: as in `losses.token_losses`.
     """
     labels = inputs["labels"]
@@ -47,13 +49,19 @@ def sampled_loss(
         where = loss_positions(labels.clone(), shifted)
         counts = torch.stack([part.sum() for part in units.parts(where)])
     predictions_NV = in_full(logits[:, :-1][where[:, 1:]] if shifted else logits[where])
-    drawn_N = np.concatenate([uniforms(seed, row, n) for row, n in zip(rows, counts.tolist(), strict=True)])
+    drawn_N = np.concatenate([uniforms(seed, key, n) for key, n in zip(keys, counts.tolist(), strict=True)])
     return F.cross_entropy(predictions_NV, picked(predictions_NV.detach(), torch.from_numpy(drawn_N)), reduction="sum")
 
 
-def uniforms(seed: int, row: int, count: int) -> np.ndarray:
+def row_key(row: Any) -> int:
+    """Of a row's tokens, whatever other columns there are and however it is collated; of all of it, if it has none."""
+    known = row["input_ids"] if isinstance(row, Mapping) and "input_ids" in row else row
+    return int(sha256_of(known)[:16], 16)
+
+
+def uniforms(seed: int, key: int, count: int) -> np.ndarray:
     """Of a row's loss tokens, in order; between 0 and 1, float64."""
-    return np.random.default_rng([seed, row]).random(count)
+    return np.random.default_rng([seed, key]).random(count)
 
 
 def picked(predictions_NV: Tensor, drawn_N: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...random_state import random_state_kept
-from ..corpus import ranks_within
+from ..group_passes import ranks_within
 from .points import Features, Points, points_of
 
 

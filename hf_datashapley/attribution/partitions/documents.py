@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..grouping import SHOWN, Grouping
+from ...grouping import SHOWN, Grouping
 
 
 def packed_groups(unit_ids_U: np.ndarray, groups: Grouping, ids: Sequence[int] | np.ndarray | None) -> np.ndarray:

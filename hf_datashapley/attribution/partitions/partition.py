@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from torch import nn
 
+from ...grouping import Grouping
+from ...random_state import random_state_kept
 from ..corpus import Corpus
 from ..document_rows import document_pieces, in_order
+from ..ensembles.kept import evaluating
 from ..fingerprint import dataset_fingerprint
-from ..grouping import Grouping
 from ..settings import Collator, Settings
 from . import saved
 from .clusters import kmeans_labels
@@ -35,7 +38,7 @@ class Partition(Grouping):
     sizes are described there) and need the extra "grouping".
 
     Attributes:
-        fingerprint: of the dataset that was parted, by its number of rows and some of them; None: it is not known.
+        fingerprint: of all rows of the dataset that was parted, in their order; None: it is not known.
     """
 
     fingerprint: str | None = None
@@ -47,14 +50,10 @@ class Partition(Grouping):
         Raises:
             ValueError: there are none, they are not a list, some are missing, or they cannot be compared.
         """
-        found = np.asarray(labels)
-        if found.ndim != 1 or not len(found):
-            raise ValueError(f"labels have shape {list(found.shape)}: give one for each sample")
-        missing = [value is None or value != value for value in found] if found.dtype.kind in "Of" else []
-        if any(missing):
-            raise ValueError(
-                f"{sum(missing)} labels are None or NaN, number {missing.index(True)} first: fill them in"
-            )
+        found = as_values(labels)
+        missing = np.flatnonzero(pd.isna(found))
+        if len(missing):
+            raise ValueError(f"{len(missing)} labels are missing (None, NaN), number {missing[0]} first: fill them in")
         try:
             values, own = np.unique(found, return_inverse=True)
         except TypeError as error:
@@ -82,6 +81,7 @@ class Partition(Grouping):
         Raises:
             ValueError: not one of the two is given, or there are more groups than samples.
         """
+        check_numbers(n=n, num_groups=num_groups, group_size=group_size, seed=seed)
         if (num_groups is None) == (group_size is None):
             raise ValueError(f"num_groups={num_groups} and group_size={group_size}: give one of them")
         if group_size is not None:
@@ -108,6 +108,7 @@ class Partition(Grouping):
             ValueError: features are not finite, or there are fewer different points than groups.
             ImportError: the extra "grouping" is not installed.
         """
+        check_numbers(num_groups=num_groups, seed=seed)
         return cls(kmeans_labels(features, num_groups, balanced, seed), num_groups)
 
     @classmethod
@@ -257,6 +258,30 @@ class Partition(Grouping):
         return cls(found.labels, found.num_groups, found.names, found.fingerprint)
 
 
+def as_values(labels: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """One value for each sample, each as it is: numpy would make strings of numbers that stand beside one.
+
+    Raises:
+        ValueError: there are none, or they are lists.
+    """
+    found = np.asarray(labels) if hasattr(labels, "dtype") else np.empty(len(labels), dtype=object)
+    if found.ndim != 1 or not len(found):
+        raise ValueError(f"labels have shape {list(found.shape)}: give one for each sample")
+    if not hasattr(labels, "dtype"):
+        for number, value in enumerate(labels):
+            if isinstance(value, list | tuple | set | dict | np.ndarray):
+                raise ValueError(f"label {number} is a {type(value).__name__}: give one value for each sample")
+            found[number] = value
+    return found
+
+
+def check_numbers(**numbers: Any) -> None:
+    """Raises `ValueError` for what is given and no integer of 0 or more."""
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0):
+            raise ValueError(f"{name}={value!r}: give an integer of 0 or more")
+
+
 def corpus_of(
     model: nn.Module,
     dataset: Any,
@@ -277,4 +302,5 @@ def corpus_of(
         progress=progress,
     )
     settings.check()
-    return settings.train_corpus(dataset, model)
+    with evaluating(model), random_state_kept():
+        return settings.train_corpus(dataset, model)

@@ -47,6 +47,8 @@ class Grouping:
             )
         if self.names is not None and len(self.names) != self.num_groups:
             raise ValueError(f"{len(self.names)} names for {self.num_groups} groups: give one for each, or None")
+        if self.names is not None and len(set(self.names)) < len(self.names):
+            raise ValueError("two groups have one name: give each its own, or None")
 
     def sizes(self) -> np.ndarray:
         """Samples (or documents) of each group, int64 [num_groups]."""
