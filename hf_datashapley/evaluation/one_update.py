@@ -9,10 +9,10 @@
 so U({}) = -l_v(w(0)) and U(all) = -l_v(w(1)), the ends of the path of `directions.path`. Dropout is off throughout,
 also for the g_i: a coalition's loss would otherwise depend on masks that were drawn for others.
 
-Losses are taken from the logits, in the logits' precision. With small steps the differences of U drown in float32:
+Losses are taken from the logits, in float32 at least. With small steps the differences of U drown in float32:
 make a float64 copy of the model and of the optimizer's state where the last digits count.
 
-Shapes: N samples, K targets, B rows, T tokens, V vocabulary.
+Shapes: N samples, K targets, B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.optimizer import AcceleratedOptimizer
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..attribution import losses
+from ..attribution.losses import without_cache
 from ..directions.validation import evaluating
 from ..directions.weights import weights_at
 from ..loss_tokens import count_loss_tokens, shifts_labels
@@ -129,17 +130,9 @@ def check_rows(model: nn.Module, name: str, rows: Rows) -> None:
 
 
 def token_losses(model: nn.Module, rows: Rows) -> Tensor:
-    """Cross-entropy of every token, [B, T]; 0 where there is no label."""
-    inputs: dict[str, Any] = {key: value for key, value in rows.items() if key != "labels"}
-    if "position_ids" in rows:
-        # Beside a cache, models of transformers let documents that share a row attend to each other.
-        inputs["use_cache"] = False
-    logits_BTV = model(**inputs).logits
-    labels_BT = rows["labels"]
-    if shifts_labels(model):
-        logits_BTV, labels_BT = logits_BTV[:, :-1], labels_BT[:, 1:]
-    losses = F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=-100, reduction="none")
-    return losses.view(labels_BT.shape)
+    """Cross-entropy of every label, [B, T]; 0 where there is none."""
+    with without_cache(model):
+        return losses.token_losses(model, rows, shifts_labels(model))
 
 
 def mean_token_loss(model: nn.Module, rows: Rows) -> float:
