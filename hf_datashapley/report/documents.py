@@ -1,6 +1,6 @@
-"""The units that helped a target most and those that hurt it most, with their text.
+"""The units that helped a target most and those that hurt it most: a few with their text, more as a list to look in.
 
-Only these few have their text read, whatever the corpus is like; a unit is a sample or a document.
+Only these have their text read, whatever the corpus is like; a unit is a sample or a document.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from hf_datashapley.report.aggregate import Corpus, Floats, Ints
 
 
 ENDS = 6  # shown at either end, per target
+LISTED = 200  # at either end, per target
+EXCERPT = 80  # characters that stand for a title in the list
 ROWS_READ = 100  # of a document, for its text
 TEXT_LIMIT = 4000  # characters of a document that are embedded
 
@@ -90,4 +92,19 @@ def ends(known: Known) -> list[tuple[list[Document], list[Document]]]:
         hurt = [known.document(d, value_KD, tokens_D) for d in order[:ENDS] if value_D[d] < 0]
         helped = [known.document(d, value_KD, tokens_D) for d in order[::-1][:ENDS] if value_D[d] > 0]
         found.append((helped, hurt))
+    return found
+
+
+def listed(known: Known) -> list[Document]:
+    """Of each target those at either end, once each, the best for the first target first; an excerpt for a title where
+    they have none, and no text."""
+    value_KD, tokens_D = known.corpus.value_KD, known.corpus.tokens_D
+    chosen: set[int] = set()
+    for value_D in value_KD:
+        order = value_D.argsort(kind="stable")
+        chosen |= {*order[:LISTED].tolist(), *order[::-1][:LISTED].tolist()}
+    found = []
+    for d in sorted(chosen, key=lambda d: (-value_KD[0, d], d)):
+        title = known.title(d) or " ".join(known.text(d)[0][: 4 * EXCERPT].split())[:EXCERPT] or None
+        found.append(Document(known.number(d), title, known.group(d), value_KD[:, d], int(tokens_D[d]), "", False))
     return found

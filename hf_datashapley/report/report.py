@@ -32,7 +32,7 @@ from hf_datashapley.report.aggregate import (
     totals,
     value_over_training,
 )
-from hf_datashapley.report.documents import Known, ends
+from hf_datashapley.report.documents import LISTED, Known, ends, listed
 from hf_datashapley.report.nats import NatScale
 from hf_datashapley.report.tokens import LEVELS, TokenTexts, token_documents
 
@@ -144,6 +144,8 @@ def write_report(
             "audit": _audit_pictures(audits),
         },
         documents=ends(known),
+        listed=listed(known),
+        listed_ends=LISTED,
         token_documents=[] if token_texts is None else token_documents(known, token_texts),
         levels=LEVELS,
         updates=len(step_T),
