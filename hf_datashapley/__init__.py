@@ -22,8 +22,11 @@ if TYPE_CHECKING:
         TracIn,
         Trak,
     )
+    from .curation import Selection, ValueSampler, mixture_weights, select
     from .documents import pack_documents
+    from .hub import push_values_to_hub
     from .ledger import load_audit, load_updates, load_value_history, load_values
+    from .query import Values
     from .trainer import ShapleyConfig, ShapleyTrainer
 
 __version__ = "0.1.0.dev0"
@@ -38,15 +41,21 @@ __all__ = [
     "Less",
     "LoraEnsemble",
     "Partition",
+    "Selection",
     "ShapleyConfig",
     "ShapleyTrainer",
     "TracIn",
     "Trak",
+    "ValueSampler",
+    "Values",
     "load_audit",
     "load_updates",
     "load_value_history",
     "load_values",
+    "mixture_weights",
     "pack_documents",
+    "push_values_to_hub",
+    "select",
 ]
 
 _HOME = {
@@ -61,6 +70,11 @@ _HOME = {
     "Partition": "attribution",
     "TracIn": "attribution",
     "Trak": "attribution",
+    "Selection": "curation",
+    "ValueSampler": "curation",
+    "mixture_weights": "curation",
+    "select": "curation",
+    "Values": "query",
     "ShapleyConfig": "trainer",
     "ShapleyTrainer": "trainer",
     "load_audit": "ledger",
@@ -68,6 +82,7 @@ _HOME = {
     "load_value_history": "ledger",
     "load_values": "ledger",
     "pack_documents": "documents",
+    "push_values_to_hub": "hub",
 }
 
 

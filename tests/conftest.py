@@ -19,6 +19,25 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(scope="session")
+def process_with_a_hub(tmp_path_factory):
+    """One for all tests: it imports as much as they do."""
+    from hub_client import TOKEN, client_of
+    from hub_server import HubServer
+
+    hub = HubServer(TOKEN)
+    with client_of(hub, tmp_path_factory.mktemp("home")) as client:
+        yield client
+    hub.close()
+
+
+@pytest.fixture
+def client(process_with_a_hub):
+    """A process whose Hub is a server on this machine, empty yet."""
+    process_with_a_hub.hub.clear()
+    return process_with_a_hub
+
+
 class OneLaunch(LoadScopeScheduling):
     """Tests go to whichever worker is free, but those of test_ddp.py, which share a launch, to one, and first of all.
 

@@ -275,6 +275,8 @@ PRIVATE = {
     "_run_epoch": "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
     "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)",
     "_save_rng_state": "(self, output_dir)",
+    "_push_from_checkpoint": "(self, checkpoint_folder)",
+    "_finish_current_push": "(self)",
     "_get_dataloader": "(self, dataset, description, batch_size, sampler_fn, is_training, dataloader_key)",
     "_clip_grad_norm": "(self, model)",
     "_save_checkpoint": "(self, model, trial)",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from transformers import HfArgumentParser
 
 from ..demo.config import DemoConfig
+from .config_files import add_common_options, parse
 
 
 DESCRIPTION = """\
@@ -35,7 +36,7 @@ def parser() -> HfArgumentParser:
     parser = HfArgumentParser(
         DemoConfig, prog="datashapley demo", description=DESCRIPTION, epilog=EPILOG, formatter_class=_HelpFormatter
     )
-    parser.add_argument("--debug", action="store_true", help="Show where in the program an error came up.")
+    add_common_options(parser)
     return parser
 
 
@@ -46,8 +47,7 @@ def run(arguments: Sequence[str]) -> None:
         SystemExit: `--help`, or an argument that argparse refuses.
         ValueError: a setting that cannot be met; the message names it and the cure.
     """
-    settings = vars(parser().parse_args(arguments))
-    del settings["debug"]  # `main` has seen to it
+    settings = parse(parser(), DemoConfig, arguments)
     config = DemoConfig(**settings)
 
     # Here, so that `--help` does not load torch.

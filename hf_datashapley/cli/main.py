@@ -16,6 +16,8 @@ from importlib import import_module
 COMMANDS = {
     "demo": "train a small language model on text this Python holds, and value every document of it",
     "report": "show a finished run on one HTML page: who helped, who hurt, token by token",
+    "push": "share a run's values on the Hub: tables, a card, a licence",
+    "select": "write the training data again without what hurt",
     "accelerate_config": "print the path of a configuration for `accelerate launch`",
 }
 USAGE = "\n".join(

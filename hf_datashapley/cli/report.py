@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
+from .config_files import add_common_options, parse
+
 
 DESCRIPTION = """\
 Who helped, who hurt: a run's values on one HTML page.
@@ -71,7 +73,7 @@ def parser() -> HfArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", help="A run's output_dir, or its value_dir.")
-    parser.add_argument("--debug", action="store_true", help="Show where in the program an error came up.")
+    add_common_options(parser)
     return parser
 
 
@@ -84,8 +86,7 @@ def run(arguments: Sequence[str]) -> None:
         OSError: there is no ledger, or the page cannot be written.
         ValueError: what is given does not fit the run; the message names it and the cure.
     """
-    settings = vars(parser().parse_args(arguments))
-    del settings["debug"]  # `main` has seen to it
+    settings = parse(parser(), ReportConfig, arguments)
     directory, output = settings.pop("run"), settings.pop("output")
 
     # Here, so that `--help` does not load torch.

@@ -202,3 +202,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             "version that wrote it"
         )
     return manifest
+
+
+def find_ledger(run: str | Path) -> Path:
+    """Of an output_dir or a value_dir. Raises `FileNotFoundError` where there is none."""
+    for directory in (Path(run), Path(run) / "values"):
+        if (directory / MANIFEST).is_file():
+            return directory
+    raise FileNotFoundError(
+        f"{run} holds no ledger of values ({MANIFEST} is missing): name the output_dir or the value_dir of a run that "
+        "ShapleyTrainer trained"
+    )

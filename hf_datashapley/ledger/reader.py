@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset
 from datasets.table import InMemoryTable
-from transformers.utils import logging
 
 from .groups import COUNTED, By, Groups, read_groups, sum_groups
-from .layout import (
-    audit_schema,
-    complete_parts,
-    read_manifest,
-    read_part,
-    unit_keys,
-    updates_schema,
-    value_columns,
-    values_schema,
-)
-
-
-logger = logging.get_logger(__name__)
+from .layout import audit_schema, read_manifest, updates_schema
+from .stretches import LedgerRows, held_parts, rows_within, window_of
+from .sums import check_normalize, history, sum_values
 
 
 def load_values(
@@ -70,20 +57,11 @@ def load_values(
         FileNotFoundError: the directory holds no ledger.
         ValueError: the ledger lacks updates of the window; or `by` does not give each unit with values one group.
     """
-    directory = Path(value_dir)
-    manifest = read_manifest(directory)
-    targets, keys = manifest["targets"] or [""], unit_keys(manifest["unit"])
-    columns = value_columns(targets)
-    if normalize not in (None, "update"):
-        raise ValueError(f"normalize={normalize!r} is not offered: choose 'update', or None")
-    level, groups = _level_and_groups(by, dataset, key, id_column, keys)
-    rows = _table(directory, "values", values_schema(targets, manifest["unit"]), from_step, to_step)
-    if normalize == "update":
-        rows = _normalized(rows, keys, columns)
-    units = _summed(rows, level, columns)
-    if level[-1] != keys[-1]:
-        units = units.set_column(units.column_names.index("updates"), "updates", _visits(rows, keys, level))
-    return _as_dataset(units if groups is None else sum_groups(units, groups, level[0], columns))
+    rows = LedgerRows.open(Path(value_dir))
+    check_normalize(normalize)
+    level, groups = read_level(by, dataset, key, id_column, rows.keys)
+    units = sum_values(rows, level, *rows.window(from_step, to_step), normalize)
+    return as_dataset(units if groups is None else sum_groups(units, groups, level[0], rows.columns))
 
 
 def load_value_history(value_dir: str | Path, from_step: int | None = None, to_step: int | None = None) -> Dataset:
@@ -91,12 +69,9 @@ def load_value_history(value_dir: str | Path, from_step: int | None = None, to_s
 
     A sample that an update visited twice has one row with `updates` 2.
     """
-    directory = Path(value_dir)
-    manifest = read_manifest(directory)
-    targets, keys = manifest["targets"] or [""], unit_keys(manifest["unit"])
-    rows = _table(directory, "values", values_schema(targets, manifest["unit"]), from_step, to_step)
-    summed = _summed(rows, ["step", *keys], value_columns(targets))
-    return _as_dataset(summed.select([*(name for name in summed.column_names if name != "step"), "step"]))
+    rows = LedgerRows.open(Path(value_dir))
+    names = [*rows.keys, "updates", "tokens", *rows.columns, "step"]
+    return as_dataset(pa.concat_tables(history(rows, *rows.window(from_step, to_step))).select(names))
 
 
 def load_updates(value_dir: str | Path, from_step: int | None = None, to_step: int | None = None) -> Dataset:
@@ -111,7 +86,7 @@ def load_updates(value_dir: str | Path, from_step: int | None = None, to_step: i
     """
     directory = Path(value_dir)
     targets = read_manifest(directory)["targets"] or [""]
-    return _as_dataset(_table(directory, "updates", updates_schema(targets), from_step, to_step).sort_by("step"))
+    return as_dataset(_table(directory, "updates", updates_schema(targets), from_step, to_step).sort_by("step"))
 
 
 def load_audit(value_dir: str | Path, from_step: int | None = None, to_step: int | None = None) -> Dataset:
@@ -127,10 +102,10 @@ def load_audit(value_dir: str | Path, from_step: int | None = None, to_step: int
     """
     directory = Path(value_dir)
     read_manifest(directory)
-    return _as_dataset(_table(directory, "audit", audit_schema(), from_step, to_step).sort_by("step"))
+    return as_dataset(_table(directory, "audit", audit_schema(), from_step, to_step).sort_by("step"))
 
 
-def _level_and_groups(
+def read_level(
     by: By | None, dataset: Dataset | None, key: str | None, id_column: str | None, keys: list[str]
 ) -> tuple[list[str], Groups | None]:
     """The keys of the rows that are summed first, and the groups of these."""
@@ -156,85 +131,15 @@ def _level_and_groups(
     return [key], read_groups(by, dataset, key, id_column or key)
 
 
-def _summed(rows: pa.Table, keys: list[str], columns: list[str]) -> pa.Table:
-    """Sums over the rows that have the same keys, by keys; `updates` counts the rows."""
-    # One thread: the order of summation, and so the last bit, stays the same from reading to reading.
-    grouped = rows.group_by(keys, use_threads=False).aggregate(
-        [([], "count_all"), ("tokens", "sum"), *[(column, "sum") for column in columns]]
-    )
-    grouped = grouped.sort_by([(key, "ascending") for key in keys])
-    result = {key: grouped[key] for key in keys}
-    result["updates"] = grouped["count_all"].cast(pa.int32())
-    result["tokens"] = grouped["tokens_sum"].cast(pa.int64())
-    return pa.table(result | {column: grouped[f"{column}_sum"].cast(pa.float64()) for column in columns})
-
-
-def _visits(rows: pa.Table, keys: list[str], level: list[str]) -> pa.ChunkedArray:
-    """How often each sample, or document, was trained on, in the order of `_summed`: int32.
-
-    It has several rows for each visit: one for each document, or token. In one update each of these has as many rows
-    as there were visits (more, where a sample's row holds a document's id twice), so the least of them counts.
-    """
-    several = rows.select(["step", *keys]).group_by(["step", *keys], use_threads=False).aggregate([([], "count_all")])
-    visited = ["step", *keys[: keys.index(level[-1]) + 1]]
-    fewest = several.group_by(visited, use_threads=False).aggregate([("count_all", "min")])
-    visits = fewest.group_by(level, use_threads=False).aggregate([("count_all_min", "sum")])
-    return visits.sort_by([(name, "ascending") for name in level])["count_all_min_sum"].cast(pa.int32())
-
-
-def _normalized(rows: pa.Table, keys: list[str], columns: list[str]) -> pa.Table:
-    """Values as shares of their update's summed magnitude, float64.
-
-    That of documents, not of tokens: which tokens have rows of their own is a choice that must not move the others'
-    values. A unit that an update visited twice is one.
-    """
-    if rows.num_rows == 0:
-        return rows
-    units = ["step", *(key for key in keys if key in COUNTED)]
-    summed = rows.group_by(units, use_threads=False).aggregate([(column, "sum") for column in columns])
-    first = pc.min(rows["step"]).as_py()
-    summed_update, row_update = summed["step"].to_numpy() - first, rows["step"].to_numpy() - first
-    for column in columns:
-        magnitude = np.bincount(summed_update, weights=np.abs(summed[f"{column}_sum"].to_numpy()))
-        shares = rows[column].to_numpy() / np.where(magnitude > 0, magnitude, 1.0)[row_update]
-        rows = rows.set_column(rows.column_names.index(column), column, pa.array(shares))
-    return rows
-
-
 def _table(
     directory: Path, kind: str, schema: pa.Schema, from_step: int | None = None, to_step: int | None = None
 ) -> pa.Table:
     """The rows of a window of updates; parts that lie outside it are not opened."""
-    complete = complete_parts(directory)
-    if complete.ahead > complete.last:
-        logger.warning(
-            f"{directory} holds updates up to {complete.ahead} of some ranks, and of all ranks those up to "
-            f"{complete.last}, which is what is read. While the run goes on, the others will follow; if it was "
-            "killed, resume it; if the ranks wrote to folders of their own, copy their parts into one"
-        )
-    first, last = _window(directory, complete.last, from_step, to_step)
-    tables = [schema.empty_table()]
-    for part in complete.of_kind(kind):
-        if part.last < first or part.first > last:
-            continue
-        table = read_part(part, schema)
-        within = first <= part.first and part.last <= last
-        tables.append(table if within else table.filter((pc.field("step") >= first) & (pc.field("step") <= last)))
-    return pa.concat_tables(tables)
+    complete = held_parts(directory)
+    first, last = window_of(str(directory), complete.last, from_step, to_step)
+    parts = [part for part in complete.of_kind(kind) if part.last >= first and part.first <= last]
+    return pa.concat_tables([schema.empty_table(), *(rows_within(part, schema, first, last) for part in parts)])
 
 
-def _window(directory: Path, held: int, from_step: int | None, to_step: int | None) -> tuple[int, int]:
-    """The updates to read, of `held` that there are: all of them, or those asked for."""
-    if from_step is None and to_step is None:
-        return 1, held
-    first, last = 1 if from_step is None else from_step, held if to_step is None else to_step
-    holds = f"{directory} holds the updates 1 to {held}" if held else f"{directory} holds no update yet"
-    if not 1 <= first <= last <= held:
-        raise ValueError(
-            f"from_step={from_step}, to_step={to_step}: {holds}; name the first and the last of those to be read"
-        )
-    return first, last
-
-
-def _as_dataset(table: pa.Table) -> Dataset:
+def as_dataset(table: pa.Table) -> Dataset:
     return Dataset(InMemoryTable(table.combine_chunks()))

@@ -16,7 +16,7 @@ from datasets.table import InMemoryTable
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_datashapley.ledger import load_audit, load_updates, load_value_history, load_values
-from hf_datashapley.ledger.layout import MANIFEST, read_manifest
+from hf_datashapley.ledger.layout import find_ledger, read_manifest
 from hf_datashapley.report.aggregate import Ints, arrow_table
 from hf_datashapley.report.report import write_report
 from hf_datashapley.report.rows import TrainingRows
@@ -99,17 +99,6 @@ def printable(settings: dict[str, Any]) -> dict[str, object]:
         if value is not None:
             shown[name] = value
     return shown
-
-
-def find_ledger(run: str) -> Path:
-    """Of an output_dir or a value_dir."""
-    for directory in (Path(run), Path(run) / "values"):
-        if (directory / MANIFEST).is_file():
-            return directory
-    raise FileNotFoundError(
-        f"{run} holds no ledger of values ({MANIFEST} is missing): name the output_dir or the value_dir of a run that "
-        "ShapleyTrainer trained"
-    )
 
 
 def values_of_texts(directory: Path) -> tuple[Dataset, Dataset, str]:

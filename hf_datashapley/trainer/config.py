@@ -77,6 +77,12 @@ class ShapleyConfig(TrainingArguments):
         token_samples: for unit "token", how many samples have a value for each token, drawn with `seed`; tables of all
             tokens would grow with the corpus.
         token_sample_ids: the ids of these samples, instead of a draw.
+        hub_values_id: the dataset repo that values are pushed to where `push_to_hub` pushes the model: with each
+            checkpoint, as `hub_strategy` says, and at the end. None: the model repo's id and "-values".
+        source_dataset: the dataset on the Hub that is trained on, which the card of the values names.
+        source_revision: its commit, branch or tag.
+        source_license: its licence, as the Hub calls it ("cc-by-4.0"), which the values inherit. None: what the
+            dataset's card says, if it says any.
 
     Raises:
         ValueError: a setting has a value that is not offered.
@@ -163,6 +169,20 @@ class ShapleyConfig(TrainingArguments):
     token_sample_ids: list[int] | None = field(
         default=None, metadata={"help": "The ids of these samples. Default: they are drawn."}
     )
+    hub_values_id: str | None = field(
+        default=None,
+        metadata={
+            "help": "With push_to_hub: the dataset repo for the values. Default: the model repo's name and '-values'."
+        },
+    )
+    source_dataset: str | None = field(
+        default=None, metadata={"help": "The dataset on the Hub that is trained on, for the card of the values."}
+    )
+    source_revision: str | None = field(default=None, metadata={"help": "Its commit, branch or tag."})
+    source_license: str | None = field(
+        default=None,
+        metadata={"help": "Its licence, which the values inherit. Default: what the dataset's card says."},
+    )
 
     @property
     def scores_forward(self) -> bool:
@@ -229,3 +249,8 @@ class ShapleyConfig(TrainingArguments):
             )
         if self.token_samples < 0:
             raise ValueError(f"token_samples={self.token_samples}: give a number of samples")
+        if self.hub_values_id is not None and not self.push_to_hub:
+            raise ValueError(
+                f"hub_values_id={self.hub_values_id!r} is for runs that push: set push_to_hub=True, or call "
+                "push_values_to_hub when the run is over"
+            )

@@ -51,6 +51,20 @@ def describe(
     }
 
 
+def describe_training(args: ShapleyConfig, optimizer: str, scheduler: str, has_ids: bool) -> dict[str, Any]:
+    """How the model is trained, for those who read the values; a run may go on otherwise."""
+    return {
+        "optimizer": optimizer,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": scheduler,
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": args.max_grad_norm,
+        "rows_of_an_update": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "mixed_precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+        "sample_ids": "column" if has_ids else "row numbers",
+    }
+
+
 def described_features(args: ShapleyConfig, capture: Capture) -> dict[str, Any] | None:
     """What it takes to project other gradients as the run has projected its own."""
     if not args.feature_dim:

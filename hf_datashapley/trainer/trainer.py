@@ -20,6 +20,7 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +28,11 @@ import datasets
 import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from ..directions.second_order import check_twice_differentiable
 from ..directions.validation import Batch, Validation
@@ -38,6 +41,8 @@ from ..ghost.capture import Capture, Kernel
 from ..ghost.forward_mode import check_token_losses, token_derivatives
 from ..ghost.units import Runs
 from ..grouping import Grouping
+from ..hub import check_values_repo, push_values_to_hub
+from ..hub.model_card import link_values
 from ..ledger import Ledger, load_audit, load_value_history, load_values
 from ..ledger.groups import COUNTED, By, Groups
 from ..ledger.layout import unit_keys
@@ -51,14 +56,18 @@ from .boundaries import row_documents
 from .checkpoints import check_whole, chosen_checkpoint, last_checkpoint, updates_of
 from .compiled import compiled_apart, is_compiling, traced_apart
 from .config import ShapleyConfig
-from .description import describe
+from .description import describe, describe_training
 from .feature_size import announce_size
 from .packed import check_documents_apart, check_no_cache, check_samples_apart, packs_samples, train_flags_kept
 from .precision import Precision
+from .pushing import Background, source_of
 from .samples import IdentifiedRows, check_chosen, drawn_samples, is_stream, read_sample_ids
 from .scorers import MicroBatch
 from .targets import read_targets
 from .valuation import Valuation
+
+
+logger = logging.get_logger(__name__)
 
 
 class ShapleyTrainer(Trainer):
@@ -119,6 +128,7 @@ class ShapleyTrainer(Trainer):
         self._make_capture()
         requirements.check_features(args, self._capture)
         self._sample_ids = read_sample_ids(self.train_dataset, args.sample_id_column, progress=self._shows_progress)
+        self._training = self._describe_training()
         self._unit_plan = self._make_unit_plan()
         self._targets = read_targets(
             validation_dataset,
@@ -152,6 +162,9 @@ class ShapleyTrainer(Trainer):
             # Every rank on all rows: each has to see for itself.
             alone = replace(self._validation, ranks=Ranks())
             check_twice_differentiable(self.model, alone, self._capture.parameters)
+        self._pushes = Background()
+        self._values_repo = self._check_values_repo()
+        self._linked_repo = self._values_repo
         self._ledger: Ledger | None = None
         self._valuation: Valuation | None = None
         self._checkpoint: str | None = None
@@ -181,20 +194,8 @@ class ShapleyTrainer(Trainer):
         `Partition`: of its documents, where values have these, or of its rows (or with key="sample_id").
         """
         self._flush()
-        own = dataset is None and key in (None, "sample_id")
-        if own and isinstance(by, str) and by not in unit_keys(self.args.value_unit):
-            by, key = Groups.of_column(self.train_dataset, by, self.args.sample_id_column), "sample_id"
-        if dataset is None and isinstance(by, Grouping) and (key is None or key in COUNTED):
-            columns = {"sample_id": self.args.sample_id_column, "document_id": self.args.document_id_column}
-            key = key or ("document_id" if self._values_have_documents() else "sample_id")
-            by = Groups.of_partition(by, self.train_dataset, key, columns[key])
+        by, key = self._groups(by, dataset, key)
         return load_values(self.value_dir, from_step, to_step, normalize, by, dataset, key, id_column)
-
-    def _values_have_documents(self) -> bool:
-        if self.args.value_unit != "token":
-            return self.args.value_unit == "document"
-        rows = self.train_dataset
-        return isinstance(rows, datasets.Dataset) and self.args.document_id_column in rows.column_names
 
     def value_history(self, from_step: int | None = None, to_step: int | None = None) -> datasets.Dataset:
         """One row for each update and unit in it, see `load_value_history`."""
@@ -212,6 +213,36 @@ class ShapleyTrainer(Trainer):
         """One row for each audited update and target, see `load_audit`."""
         self._flush()
         return load_audit(self.value_dir, from_step, to_step)
+
+    def push_values_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        by: By | None = None,
+        dataset: datasets.Dataset | None = None,
+        key: str | None = None,
+        id_column: str | None = None,
+    ) -> CommitInfo | None:
+        """Makes a dataset repo of the values so far, or brings it up to date, see `hub.push_values_to_hub`.
+
+        Its card says what the settings `source_dataset`, `source_revision` and `source_license` do; the model card of
+        the run links to it from now on (`push_to_hub` pushes that). `by` and what follows are those of `values`. With
+        `token` None, that of the settings (`hub_token`), then the one that is logged in.
+
+        Of several processes the first one pushes, the others return None; in the midst of a run all have to call it.
+        """
+        self._write_all()
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        by, key = self._groups(by, dataset, key)
+        groups = {"by": by, "dataset": dataset, "key": key, "id_column": id_column}
+        pushed = self._values_push(repo_id, private, revision, token, **groups)()
+        self._linked_repo = pushed.repo_url.repo_id
+        link_values(self.args.output_dir, self._linked_repo)
+        return pushed
 
     # A run
 
@@ -254,6 +285,56 @@ class ShapleyTrainer(Trainer):
 
     # Parts
 
+    def _groups(self, by: By | None, dataset: Any, key: str | None) -> tuple[By | None, str | None]:
+        """Of the run's own rows, where `by` says no others."""
+        own = dataset is None and key in (None, "sample_id")
+        if own and isinstance(by, str) and by not in unit_keys(self.args.value_unit):
+            return Groups.of_column(self.train_dataset, by, self.args.sample_id_column), "sample_id"
+        if dataset is None and isinstance(by, Grouping) and (key is None or key in COUNTED):
+            columns = {"sample_id": self.args.sample_id_column, "document_id": self.args.document_id_column}
+            key = key or ("document_id" if self._values_have_documents() else "sample_id")
+            return Groups.of_partition(by, self.train_dataset, key, columns[key]), key
+        return by, key
+
+    def _values_have_documents(self) -> bool:
+        if self.args.value_unit != "token":
+            return self.args.value_unit == "document"
+        rows = self.train_dataset
+        return isinstance(rows, datasets.Dataset) and self.args.document_id_column in rows.column_names
+
+    def _check_values_repo(self) -> str | None:
+        """The repo that values are pushed to with the model, by the process that does so, if it can be."""
+        args, source = self.args, source_of(self.args)
+        if not (args.push_to_hub and self.is_world_process_zero()):
+            return None
+        if args.hub_token is not None:
+            logger.warning(
+                "hub_token: Trainer writes its arguments into training_args.bin, the token among them, and pushes "
+                "that file: log in (`hf auth login`) or set HF_TOKEN instead"
+            )
+        repo_id = args.hub_values_id or f"{self.hub_model_id}-values"
+        return check_values_repo(repo_id, args.hub_private_repo, args.hub_revision, args.hub_token, source)
+
+    def _values_push(
+        self, repo_id: str | None, private: bool | None, revision: str | None, token: str | None, **what: Any
+    ) -> Callable[[], CommitInfo]:
+        """It holds nothing of the trainer, which it may outlive in the background."""
+        assert repo_id is not None
+        source = source_of(self.args)
+        return partial(
+            push_values_to_hub,
+            self.value_dir,
+            repo_id,
+            private=private,
+            revision=revision,
+            token=token or self.args.hub_token,
+            source_dataset=source.dataset,
+            source_revision=source.revision,
+            source_license=source.license,
+            model_id=self.hub_model_id,
+            **what,
+        )
+
     def _make_unit_plan(self) -> UnitPlan:
         args = self.args
         chosen: frozenset[int] = frozenset()
@@ -270,6 +351,17 @@ class ShapleyTrainer(Trainer):
             forward=args.scores_forward,
             token_samples=chosen,
         )
+
+    def _describe_training(self) -> dict[str, Any]:
+        """Before `Trainer` makes what it was not given: what there is now is the user's."""
+        optimizer = str(self.args.optim.value)
+        if self.optimizer is not None:
+            optimizer = type(self.optimizer).__name__
+        elif self.optimizer_cls_and_kwargs is not None:
+            optimizer = self.optimizer_cls_and_kwargs[0].__name__
+        schedule = self.args.lr_scheduler_type.value if self.lr_scheduler is None else type(self.lr_scheduler).__name__
+        has_ids = self._sample_ids is not None or is_stream(self.train_dataset)
+        return describe_training(self.args, optimizer, str(schedule), has_ids)
 
     def _units_of_a_row(self) -> float:
         """About how many, by the first rows; of a stream, 1."""
@@ -347,6 +439,12 @@ class ShapleyTrainer(Trainer):
         if self._ledger is not None:
             self._ledger.flush()
 
+    def _write_all(self) -> None:
+        """What all ranks have is in the ledger; in the midst of a run, where all of them come here."""
+        self._flush()
+        if self._valuation is not None:
+            self._ranks.wait()
+
     # Overridden methods of Trainer: public, then private
 
     def train(
@@ -368,7 +466,10 @@ class ShapleyTrainer(Trainer):
         self._ledger = Ledger(
             self.value_dir,
             [target.name for target in self._targets],
-            describe(self.args, self.model, self._capture, self._validation, self.compute_loss_func is not None),
+            {
+                **describe(self.args, self.model, self._capture, self._validation, self.compute_loss_func is not None),
+                "training": self._training,
+            },
             after=0 if self._checkpoint is None else updates_of(self._checkpoint),
             ranks=self._ranks,
         )
@@ -422,6 +523,33 @@ class ShapleyTrainer(Trainer):
             logs |= self._valuation.statistics.drain()
             self._valuation.ledger.collect()
         super().log(logs, start_time)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `Trainer.push_to_hub`. With the setting of that name the values so far follow, to a repo of their own."""
+        # Some versions of Trainer have a further argument, `private`.
+        pushed = super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
+        if self.args.push_to_hub:
+            self._write_all()
+            if self.is_world_process_zero():
+                private = kwargs.get("private", self.args.hub_private_repo)
+                push = self._values_push(self._values_repo, private, revision or self.args.hub_revision, token)
+                if blocking:
+                    push()
+                else:
+                    self._pushes.start(push)
+        return pushed
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self._linked_repo is not None and self.is_world_process_zero():
+            link_values(self.args.output_dir, self._linked_repo)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Here, not at construction: `model_init` may have made another model by now.
@@ -492,6 +620,22 @@ class ShapleyTrainer(Trainer):
         super()._save_rng_state(output_dir)
         # The state file, which Trainer writes next, makes the checkpoint complete: ledger and files of all ranks too.
         self._ranks.wait()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero():
+            return super()._push_from_checkpoint(checkpoint_folder)
+        before = self.push_in_progress
+        jobs = 0 if before is None else len(before.jobs)
+        super()._push_from_checkpoint(checkpoint_folder)
+        begun = self.push_in_progress
+        # Not at this time (`hub_strategy`), or an earlier push goes on still.
+        if begun is None or (begun is before and len(begun.jobs) == jobs):
+            return
+        # All ranks have written their parts for the checkpoint. Where one waits for the model's push, so it does here.
+        args = self.args
+        step = self.state.global_step
+        push = self._values_push(self._values_repo, args.hub_private_repo, args.hub_revision, None, to_step=step)
+        begun.jobs.append(self._pushes.start(push))
 
 
 class UpdateBoundaries(TrainerCallback):
