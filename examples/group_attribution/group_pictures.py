@@ -122,6 +122,8 @@ def draw_runtime(config: GroupAttribution, seconds: Seconds, path: Path) -> None
         for method in TIMED:
             for route in ROUTES:
                 own = [timed for size in sizes if (timed := seconds.of(method, route, size)) is not None]
+                if not own:
+                    continue
                 style: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.3}
                 style |= {"color": METHOD_COLORS[method], "linestyle": ROUTE_LINES[route]}
                 style["label"] = f"{method}, {route}"
