@@ -11,7 +11,6 @@ All that takes time is kept in `output_dir`, and taken from there when the scrip
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -27,8 +26,8 @@ from group_removal import PRUNED_BY, RANDOM, SAME_SOURCE, Removal, Retrainings
 from group_runtime import Seconds, floor_line, groups_table, runtime_table, shapes_table, time_all
 from group_setting import GROUPINGS, GroupAttribution, Text, TrainedOn, make_base, make_text, token_losses
 from group_values import ADDITIVE, ALL_METHODS, METHODS, OF_GROUPS, OF_ROWS, Cell, Run, ValueBook
+from hf_datashapley.evaluation.kept import check_begun
 from hf_datashapley.evaluation.markdown import markdown
-from hf_datashapley.whole_files import write_whole
 
 
 def check_kept(config: GroupAttribution) -> None:
@@ -38,17 +37,7 @@ def check_kept(config: GroupAttribution) -> None:
     """
     free = {"sizes", "fractions", "fraction", "pruned", "draws", "seeds", "seeds_elsewhere", "repeats", "workers"}
     own = {name: value for name, value in asdict(config).items() if name not in free | {"output_dir"}}
-    path = Path(config.output_dir) / "settings.json"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(own, indent=1).encode())
-    before = json.loads(path.read_text(encoding="utf-8"))
-    different = [name for name in own if before[name] != own[name]]
-    if different:
-        raise ValueError(
-            f"--output_dir {config.output_dir} was begun with other settings ({', '.join(different)}): use the same, "
-            "or another folder"
-        )
+    check_begun(config.output_dir, own)
 
 
 # The tables

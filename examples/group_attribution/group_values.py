@@ -7,8 +7,7 @@ Shapes: N rows, K groups.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from group_setting import FIRST_SEED, GROUPINGS, Floats, GroupAttribution, Train
 from hf_datashapley import Influence, TracIn, Trak
 from hf_datashapley.attribution.estimator import Attribution
 from hf_datashapley.attribution.partitions import Partition
-from hf_datashapley.whole_files import write_whole
+from hf_datashapley.evaluation.kept import kept_arrays
 
 
 BATCH = 64  # rows of a pass of attribution
@@ -110,7 +109,7 @@ class ValueBook:
             partition = make_partition(self.config, grouping, size, self.run.model, self.train)
             return {"labels": np.arange(len(self.train)) if partition is None else partition.labels}
 
-        return kept(self.folder / f"groups-{grouping}-{size}.npz", make)
+        return kept_arrays(self.folder / f"groups-{grouping}-{size}.npz", make)
 
     def of(self, cell: Cell) -> Values:
         groups = self.labels(cell.grouping, cell.size)
@@ -130,7 +129,7 @@ class ValueBook:
             made = estimator(self.config, cell.method, self.run, partition=partition)
             return {"scores": made.fit(self.train_rows).score(self.query_rows, mean=True)[:, 0]}
 
-        return kept(self.folder / f"{cell.method}-{cell.grouping}-{cell.size}.npz", make)
+        return kept_arrays(self.folder / f"{cell.method}-{cell.grouping}-{cell.size}.npz", make)
 
     def sums(self, cell: Cell) -> Floats:
         """Of the scores of each group's rows, [K]."""
@@ -147,14 +146,3 @@ class ValueBook:
         """Of groups' scores from the sums of their rows' scores, the largest over the largest score."""
         scores_K, sums_K = self.scored(cell)["scores"], self.sums(cell)
         return float(np.abs(scores_K - sums_K).max() / np.abs(sums_K).max())
-
-
-def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, NDArray[Any]]:
-    """Arrays by name, from a file or newly made."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
-        np.savez(content, **make())
-        write_whole(path, content.getvalue())
-    with np.load(path) as found:
-        return dict(found)

@@ -73,6 +73,7 @@ from hf_datashapley.evaluation import (
     random_masks,
     same_source,
 )
+from hf_datashapley.evaluation.kept import check_begun, kept_arrays
 from hf_datashapley.evaluation.markdown import markdown
 from hf_datashapley.whole_files import write_whole
 
@@ -253,17 +254,6 @@ def spread(outputs_SRQ: Floats) -> tuple[float, float]:
 # What is kept
 
 
-def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, NDArray[Any]]:
-    """Arrays by name, from a file or newly made."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
-        np.savez(content, **make())
-        write_whole(path, content.getvalue())
-    with np.load(path) as found:
-        return dict(found)
-
-
 def check_kept(config: TrakEnsembles) -> None:
     """
     Raises:
@@ -271,18 +261,7 @@ def check_kept(config: TrakEnsembles) -> None:
     """
     free = {"subsets", "retrainings", "workers", "models", "bases", "passes", "adapters", "dampings", "output_dir"}
     free |= {"projection_dims", "other_dims"}
-    own = {name: value for name, value in asdict(config).items() if name not in free}
-    path = Path(config.output_dir) / "settings.json"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(own, indent=1).encode())
-    before = json.loads(path.read_text(encoding="utf-8"))
-    different = [name for name in own if before[name] != own[name]]
-    if different:
-        raise ValueError(
-            f"--output_dir {config.output_dir} was begun with other settings ({', '.join(different)}): use the same, "
-            "or another folder"
-        )
+    check_begun(config.output_dir, {name: value for name, value in asdict(config).items() if name not in free})
 
 
 @dataclass(frozen=True)
@@ -428,7 +407,7 @@ def score(path: Path, make: Callable[[str], Any], text: Text, training: float, m
             stored = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
         return {"scores": scores_UQ, "serving": serving, "stored": stored}
 
-    found = kept(path, measure)
+    found = kept_arrays(path, measure)
     return Scored(found["scores"], training, float(found["serving"]), members_bytes, float(found["stored"]))
 
 
@@ -531,7 +510,7 @@ class Scorer:
 
         grid = "-".join(f"{damping:g}" for damping in self.config.dampings)
         name = f"{kind.__name__}-{members.kind}-{members.models}-{members.each}-{dim}-{grid}.npz"
-        return kept(self.folder / "dampings" / name, measure)["scores"]
+        return kept_arrays(self.folder / "dampings" / name, measure)["scores"]
 
 
 def baselines(text: Text, model: nn.Module) -> dict[str, NDArray[np.float32]]:
