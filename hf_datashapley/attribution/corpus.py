@@ -10,6 +10,7 @@ Shapes: R rows of a batch, T positions, U units of a batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -66,15 +67,24 @@ class Corpus:
         if len(dataset) == 0:
             raise ValueError(f"{name} is empty: give it at least one row")
         self.rows, self.reading = dataset, reading
-        self.name, self.partition = name, partition
+        self.name = name
         samples = read_sample_ids(dataset, reading.columns.sample, reading.progress)
         self.samples = np.arange(len(dataset)) if samples is None else samples
         self.apart = False
         self._collation = Collation(dataset, reading, name)
-        self._row, self._unit, self.ids = self._pieces()
-        if partition is not None:
-            self._unit, self.ids = self._grouped(partition)
+        self._row, self._single, self._single_ids = self._pieces()
+        self._part(partition)
         self._collation.check()
+
+    def parted(self, partition: Grouping | None) -> Corpus:
+        """The same rows, with other groups as units; None: what there is of the reading's unit."""
+        other = copy(self)
+        other._part(partition)
+        return other
+
+    def _part(self, partition: Grouping | None) -> None:
+        self.partition = partition
+        self._unit, self.ids = (self._single, self._single_ids) if partition is None else self._grouped(partition)
         self._order = np.argsort(self._unit, kind="stable")
         self._sorted = self._unit[self._order]
         self.count = len(next(iter(self.ids.values())))
@@ -129,14 +139,14 @@ class Corpus:
         """Units and ids where groups are units."""
         if self.reading.unit == "token":
             raise ValueError("unit='token' and a partition of samples: leave one of them out")
-        count = len(next(iter(self.ids.values())))
+        count = len(next(iter(self._single_ids.values())))
         if len(partition.labels) != count:
             raise ValueError(
                 f"partition has {len(partition.labels)} labels and {self.name} {count} {self.reading.unit}s: make it "
                 "of the same dataset"
             )
         names = np.arange(partition.num_groups) if partition.names is None else np.array(partition.names, dtype=object)
-        return partition.labels[self._unit], {"group": names}
+        return partition.labels[self._single], {"group": names}
 
     def fingerprints(self) -> dict[str, str]:
         """Of every row, of the units, and of what the collator makes of a few rows spread over the dataset. Reads the

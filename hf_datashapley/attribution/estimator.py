@@ -119,8 +119,13 @@ class Attribution(Settings):
         engine = self._fitted()
         if not isinstance(engine, StoredFeatures):
             raise ValueError("projection_dim=None stores no features: set projection_dim")
-        # The engine has the folder: it has to live as long as what is read from there.
-        return ((stored.start, stored.features) for engine in [engine] for stored in engine.store.shards(member))
+
+        def blocks() -> Iterator[tuple[int, Tensor]]:
+            # The engine has the folder: it has to live as long as what is read from there.
+            for stored in engine.store.shards(member):
+                yield stored.start, stored.features
+
+        return blocks()
 
     def _blocks(self, query_dataset: Any, mean: bool = False) -> Iterator[tuple[int, Tensor]]:
         """Scores [u, Q] of units one after the other, each block with the number of its first."""

@@ -143,8 +143,11 @@ class FeatureStore:
 
     def missing(self, member: int) -> list[int]:
         """Where shards of this rank begin that are yet to be written."""
-        own = self.starts()[self.ranks.index :: self.ranks.count]
-        return [start for start in own if not self._path(member, start).is_file()]
+        return [start for start in self._own_starts() if not self._path(member, start).is_file()]
+
+    def _own_starts(self) -> range:
+        """Of the shards that this rank makes."""
+        return self.starts()[self.ranks.index :: self.ranks.count]
 
     def write(self, member: int, start: int, sums: Sums) -> None:
         found = encoded(sums.numbers, DTYPES[self.dtype])
@@ -161,8 +164,7 @@ class FeatureStore:
         also what this does not hold yet."""
         missing = self.missing(member)
         if kernel is not None:
-            own = set(self.starts()[self.ranks.index :: self.ranks.count])
-            missing = sorted({*missing, *(own - kernel.done())})
+            missing = sorted({*missing, *(set(self._own_starts()) - kernel.done())})
         label = f"features of member {member + 1} of {self.members}"
         bar = tqdm(total=sum(self.stop(s) - s for s in missing), desc=label, unit="unit", disable=not progress)
         with bar:

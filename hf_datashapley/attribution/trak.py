@@ -132,10 +132,7 @@ class Trak(Attribution):
         if self.kernel_of_members():
             if not self.outputs_first():
                 return
-            train = self._train
-            single = Corpus(train.rows, train.reading, None, train.name)
-            single.apart = train.apart
-            found = forwarded_sums(ensemble, single, self.progress)
+            found = forwarded_sums(ensemble, self._train.parted(None), self.progress)
         elif ensemble.forward_only:
             found = forwarded_sums(ensemble, self._engine.train, self.progress)
         else:

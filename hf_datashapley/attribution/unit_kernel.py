@@ -62,8 +62,7 @@ class Members:
         self.group, self._shard = labels[self.unit], self._shard[self.unit]
         place = np.empty(len(labels), dtype=np.int64)
         place[self.unit] = np.arange(len(labels))
-        self.corpus = Corpus(train.rows, train.reading, Grouping(place, len(labels)), train.name)
-        self.corpus.apart = train.apart
+        self.corpus = train.parted(Grouping(place, len(labels)))
         self._size = shard
 
     def range_of(self, start: int) -> tuple[int, int]:
