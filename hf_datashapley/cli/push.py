@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from .config_files import add_common_options, parse
+
 
 DESCRIPTION = """\
 Share a run's values on the Hub, beside the dataset they speak about.
@@ -85,7 +87,7 @@ def parser() -> HfArgumentParser:
     )
     parser.add_argument("run", metavar="RUN", help="A run's output_dir, or its value_dir.")
     parser.add_argument("repo_id", metavar="REPO_ID", help="The dataset repo: owner/name, or a name of your own.")
-    parser.add_argument("--debug", action="store_true", help="Show where in the program an error came up.")
+    add_common_options(parser)
     return parser
 
 
@@ -97,8 +99,7 @@ def run(arguments: Sequence[str]) -> None:
         OSError: there is no ledger, or the Hub cannot be reached.
         ValueError: what is asked for cannot be done; the message names it and the cure.
     """
-    settings = vars(parser().parse_args(arguments))
-    del settings["debug"]  # `main` has seen to it
+    settings = parse(parser(), PushConfig, arguments)
     directory, repo_id = settings.pop("run"), settings.pop("repo_id")
     settings["private"] = settings["private"] or None
     names = ("dataset", "documents", "group_column", "sample_id_column", "document_id_column")
